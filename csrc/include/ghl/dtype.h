@@ -1,0 +1,10 @@
+#pragma once
+
+#include <cstdint>
+
+namespace ghl {
+
+// Element types that the native kernels read and write. Sums are always float.
+enum class DType : int { f32 = 0, bf16 = 1 };
+
+}  // namespace ghl

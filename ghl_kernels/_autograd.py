@@ -1,0 +1,193 @@
+"""The two autograd functions behind the layers.
+
+``LayerFunction`` is the torch layer with one more result: in backward the Hebbian sums (A and the
+moments) leave it as the gradients of two extra inputs. Where those inputs come from decides when
+the rule is applied: ``GateFunction``, an identity on the weight whose backward turns (G, A, moments)
+into the gated gradient, or the leaves of a StepGate, where autograd adds the sums up over passes.
+
+Nothing is mutated in backward but the gradient that this file itself produced, so accumulation,
+checkpointing, torch.autograd.grad and compilation keep their meaning.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ghl_kernels import _dispatch
+from ghl_kernels._geometry import Geometry
+from ghl_kernels.rule import Competition
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Plan(NamedTuple):
+    """Everything about a layer's pass that is no tensor."""
+
+    geometry: Geometry | None  # None for linear
+    competition: Competition
+    decay: str
+    needs_grad: bool  # G is computed (the rule has a gate)
+    at_step: bool
+    sums_at: str
+
+    def keeps(self, device: torch.device, units: int) -> str:
+        """What is kept for backward beside x: the sums, the winners, or u.
+
+        The winners where A is summed from them alone: they are smaller than A or u, and A can wait.
+        """
+        groups = self.geometry.groups if self.geometry else 1
+        dims = len(self.geometry.kernel_size) if self.geometry else 0
+        k = self.competition.winners
+        if self.decay in ("oja", "none", "instar") and _dispatch.prefers_sparse(device.type, units, k, groups, dims):
+            return "winners"
+        return "sums" if self.sums_at == "forward" else "u"
+
+
+def sums(x: Tensor, u: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """A and the moments of one pass."""
+    ops = torch.ops.ghl
+    if plan.keeps(u.device, _units(u, plan)) == "winners":
+        return winner_sums(x, *winners(u, plan), _units(u, plan), plan)
+    if plan.geometry is None:
+        return ops.linear_sums(x, u, *plan.competition, plan.decay)
+    return ops.conv_sums(x, u, *plan.geometry, *plan.competition, plan.decay)
+
+
+def winners(u: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """The winners' lists of one pass."""
+    return torch.ops.ghl.winners(u, -1 if plan.geometry is None else 1, *plan.competition)
+
+
+def winner_sums(x: Tensor, unit: Tensor, activity: Tensor, units: int, plan: Plan) -> tuple[Tensor, Tensor]:
+    """A and the moments from the winners' lists."""
+    if plan.geometry is None:
+        return torch.ops.ghl.linear_winner_sums(x, unit, activity, units, plan.decay)
+    return torch.ops.ghl.conv_winner_sums(x, unit, activity, units, *plan.geometry, plan.decay)
+
+
+class LayerFunction(torch.autograd.Function):
+    """u = layer(x); backward returns A and the moments as the gradients of two extra inputs.
+
+    Forward's second and third outputs are what :meth:`Plan.keeps` says, for setup_context alone.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, moments: Tensor, plan: Plan
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        w = weight.to(x.dtype)
+        if plan.geometry is None:
+            u = F.linear(x, w, bias)
+        else:
+            g = plan.geometry
+            u = _CONV[len(g.kernel_size)](x, w, bias, g.stride, g.padding, g.dilation, g.groups)
+        keeps = plan.keeps(u.device, _units(u, plan))
+        if keeps == "u":
+            return u, None, None
+        kept = winners(u, plan) if keeps == "winners" else sums(x, u, plan)
+        return u, *kept
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, weight, bias, _, _, plan = inputs
+        u, *kept = output
+        ctx.plan = plan
+        ctx.has_bias = bias is not None
+        if kept[0] is None:
+            ctx.save_for_backward(x, weight, u)
+        else:
+            ctx.mark_non_differentiable(*kept)
+            ctx.save_for_backward(x, weight, *kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_u: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan: Plan = ctx.plan
+        x, weight, *kept = ctx.saved_tensors
+        units = weight.shape[0]
+        keeps = plan.keeps(x.device, units)
+        if keeps == "sums":
+            A, moments = kept
+        elif keeps == "winners":
+            A, moments = winner_sums(x, *kept, units, plan)
+        else:
+            A, moments = sums(x, kept[0], plan)
+        grad_x, grad_weight, grad_bias = _layer_backward(ctx, grad_u, x, weight.to(x.dtype), plan)
+        if not plan.needs_grad:
+            # StepGate recognises a pass by weight.grad, so there must be one
+            grad_weight = torch.zeros_like(weight) if plan.at_step else None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+            if plan.at_step:
+                # makes a bad A visible to whoever looks for inf or NaN in the gradient (GradScaler)
+                grad_weight = grad_weight + ((A - A).sum() + (moments - moments).sum()).to(grad_weight.dtype)
+        return grad_x, grad_weight, grad_bias, A, moments, None
+
+
+def _layer_backward(
+    ctx: Any, grad_u: Tensor, x: Tensor, weight: Tensor, plan: Plan
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The library's gradients, by the calls that autograd itself makes for the torch layer."""
+    needs_x, _, needs_bias = ctx.needs_input_grad[:3]
+    if plan.geometry is None:
+        rows = grad_u.reshape(-1, weight.shape[0])
+        grad_x = rows.mm(weight).view(x.shape) if needs_x else None
+        grad_weight = rows.t().mm(x.reshape(-1, x.shape[-1])) if plan.needs_grad else None
+        return grad_x, grad_weight, rows.sum(0) if needs_bias else None
+    g = plan.geometry
+    grads = torch.ops.aten.convolution_backward(
+        grad_u,
+        x,
+        weight,
+        [weight.shape[0]] if ctx.has_bias else None,
+        g.stride,
+        g.padding,
+        g.dilation,
+        False,
+        [0] * len(g.kernel_size),
+        g.groups,
+        # libraries sum the bias gradient inside the weight pass; asking for it alone may change its bits
+        [needs_x, plan.needs_grad or needs_bias, needs_bias],
+    )
+    return tuple(grads)
+
+
+class GateFunction(torch.autograd.Function):
+    """Identity on the weight whose backward applies the rule to what its outputs received.
+
+    Besides the weight it returns two storage-free tensors for LayerFunction's extra inputs.
+    """
+
+    @staticmethod
+    def forward(
+        weight: Tensor, moments_size: int, groups: int, decay: str, normalize: str, gate: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        zero = weight.new_zeros((), dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        return weight.view_as(weight), zero.expand(weight.shape), zero.expand(moments_size)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        weight, _, *ctx.rule = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor | None, A: Tensor, moments: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        groups, decay, normalize, gate = ctx.rule
+        if gate == "none":
+            H = torch.ops.ghl.delta(A, moments, weight, groups, decay, normalize)
+            return H.neg_().to(weight.dtype), None, None, None, None, None
+        # in place: LayerFunction made G for this one edge
+        torch.ops.ghl.gate_(G, A, moments, weight, groups, decay, normalize)
+        return G, None, None, None, None, None
+
+
+def _units(u: Tensor, plan: Plan) -> int:
+    return u.shape[-1 if plan.geometry is None else 1]

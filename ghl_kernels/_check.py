@@ -1,0 +1,102 @@
+"""What a tensor must be before a kernel may see it. Every message says what was got and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ghl_kernels._geometry import Geometry
+
+
+def floats(**tensors: Tensor) -> None:
+    """Real floating-point tensors with data, all on one device.
+
+    Raises:
+        TypeError: not a tensor, or integer, bool, complex.
+        ValueError: meta tensors, or tensors on different devices.
+    """
+    first: Tensor | None = None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a real floating-point tensor, got {tensor.dtype}")
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name} is a meta tensor, which has no values to compute with")
+        if first is None:
+            first = tensor
+        elif tensor.device != first.device:
+            devices = ", ".join(f"{k} on {t.device}" for k, t in tensors.items() if isinstance(t, Tensor))
+            raise ValueError(f"all tensors must be on one device, got {devices}")
+
+
+def same_dtype(**tensors: Tensor) -> None:
+    """Tensors of one dtype, TypeError otherwise."""
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+        raise TypeError(f"these must have one dtype, got {dtypes}")
+
+
+def shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+    """A tensor of exactly this shape, ValueError otherwise."""
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
+
+
+def writable(name: str, tensor: Tensor) -> None:
+    """A tensor in which no two elements share memory, ValueError otherwise."""
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                raise ValueError(
+                    f"{name} is written in place but its elements overlap: shape {tuple(tensor.shape)}, "
+                    f"strides {tensor.stride()}; pass a clone"
+                )
+            reach += (size - 1) * stride
+
+
+def dimension(u: Tensor, dim: int) -> int:
+    """``dim`` of u counted from the front, ValueError when there is none."""
+    if not -u.dim() <= dim < u.dim():
+        raise ValueError(f"dim must be in [{-u.dim()}, {u.dim() - 1}] for u of shape {tuple(u.shape)}, got {dim}")
+    return dim % u.dim()
+
+
+def winners(k: int, units: int) -> None:
+    """A number of winners among ``units``; 0 stands for all."""
+    if not 0 <= k <= units:
+        raise ValueError(f"winners must be at least 1 and at most the number of units {units}, got {k}")
+
+
+def linear(x: Tensor, u: Tensor) -> None:
+    """x (..., D) and u (..., N) with the same leading dimensions."""
+    if x.dim() < 1 or u.dim() < 1 or x.shape[:-1] != u.shape[:-1]:
+        raise ValueError(
+            f"x (..., in_features) and u (..., out_features) must have the same leading dimensions, "
+            f"got {tuple(x.shape)} and {tuple(u.shape)}"
+        )
+
+
+def conv(x: Tensor, u: Tensor, geometry: Geometry) -> None:
+    """x (B, C, *size) and u (B, N, *out_size) that fit the geometry."""
+    conv_input(x, geometry)
+    out = geometry.out_size(x.shape[2:])
+    if u.dim() != x.dim() or u.shape[0] != x.shape[0] or tuple(u.shape[2:]) != out:
+        raise ValueError(f"u must have shape ({x.shape[0]}, units, {str(list(out))[1:-1]}), got {tuple(u.shape)}")
+    if u.shape[1] % geometry.groups:
+        raise ValueError(f"the units of u must divide by groups={geometry.groups}, got {u.shape[1]}")
+
+
+def conv_input(x: Tensor, geometry: Geometry) -> None:
+    """x (B, C, *size) that fits the geometry."""
+    dims = len(geometry.kernel_size)
+    if not len(geometry.stride) == len(geometry.padding) == len(geometry.dilation) == dims:
+        raise ValueError(f"kernel_size, stride, padding and dilation must have one length, got {geometry}")
+    if x.dim() != dims + 2:
+        raise ValueError(f"x must be (batch, channels, {dims} spatial dimensions), got shape {tuple(x.shape)}")
+    if x.shape[1] % geometry.groups:
+        raise ValueError(f"the channels of x must divide by groups={geometry.groups}, got {x.shape[1]}")
+    if any(size < 1 for size in geometry.out_size(x.shape[2:])):
+        raise ValueError(f"the kernel {geometry.kernel_size} does not fit into x of shape {tuple(x.shape)}: {geometry}")

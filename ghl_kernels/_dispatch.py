@@ -1,0 +1,124 @@
+"""Which backend runs an operation, and whether its sparse or its dense form."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from types import ModuleType, TracebackType
+from typing import NamedTuple
+
+import torch
+
+logger = logging.getLogger("ghl_kernels")
+
+_MODULES = {"eager": "ghl_kernels.backends.eager", "cpu": "ghl_kernels.backends.cpu"}
+# By device type, best first. `auto` takes the first one that can run.
+_PREFERENCE = {"cpu": ("cpu", "eager")}
+
+# Largest winners / units at which the sparse correlation beats the library's dense weight gradient,
+# by device type and kind of layer. Measured by bench/crossover.py on 2 threads of an AMD EPYC (Zen 4).
+_CROSSOVER: dict[tuple[str, str], float] = {
+    ("cpu", "linear"): 0.10,
+    ("cpu", "conv"): 0.10,
+    ("cpu", "depthwise"): 1.0,
+}
+
+
+class BackendStatus(NamedTuple):
+    """One row of :func:`backends`."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+class _Choice:
+    name = os.environ.get("GHL_BACKEND", "auto")
+    logged: set[str] = set()
+
+
+def prefers_sparse(device_type: str, units: int, winners: int, groups: int, kernel_dims: int) -> bool:
+    """Whether A is to be summed from the winners alone (cost ~ winners) or by the dense product (cost ~ units).
+
+    A pure function of the shapes that do not change from batch to batch, so that a compiled model
+    needs no guard on it. ``winners`` is 0 when all units compete; ``kernel_dims`` is 0 for linear.
+    """
+    if winners == 0 or units == 0:
+        return False
+    kind = "linear" if kernel_dims == 0 else "depthwise" if groups == units > 1 else "conv"
+    return winners / units <= _CROSSOVER.get((device_type, kind), 0.0)
+
+
+def backends() -> list[BackendStatus]:
+    """Every backend with its state, and the reason where it cannot run."""
+    return [BackendStatus(name, *_load(name).status()) for name in _MODULES]
+
+
+class use_backend:
+    """Choose the backend of every operation: ``"auto"``, ``"cpu"`` or ``"eager"``.
+
+    A call takes effect at once; as a context manager it is undone on leaving. The choice is the
+    process's, not the thread's, because autograd runs backward passes in threads of its own.
+    The environment variable ``GHL_BACKEND`` gives the initial choice.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend that cannot run here, with the reason.
+    """
+
+    def __init__(self, name: str) -> None:
+        _check_available(name)
+        self._previous = _Choice.name
+        _Choice.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _Choice.name = self._previous
+
+
+def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The backend module that runs an operation on tensors of this device and dtype.
+
+    Raises:
+        RuntimeError: the backend chosen by use_backend cannot run it.
+    """
+    if _Choice.name != "auto":
+        _check_available(_Choice.name)
+        module = _load(_Choice.name)
+        refusal = module.refusal(device.type, dtype)
+        if refusal:
+            raise RuntimeError(f"backend {_Choice.name!r} cannot run this: {refusal}")
+        return module
+    for name in _PREFERENCE.get(device.type, ()):
+        module = _load(name)
+        available, reason = module.status()
+        refusal = module.refusal(device.type, dtype) if available else reason
+        if not refusal:
+            return module
+        _log_once(f"backend {name!r} is passed over: {refusal}")
+    return _load("eager")
+
+
+def _check_available(name: str) -> None:
+    if name == "auto":
+        return
+    if name not in _MODULES:
+        raise ValueError(f"unknown backend {name!r}; there are 'auto', {', '.join(map(repr, _MODULES))}")
+    available, reason = _load(name).status()
+    if not available:
+        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+
+
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(_MODULES[name])
+
+
+def _log_once(message: str) -> None:
+    if message not in _Choice.logged:
+        _Choice.logged.add(message)
+        logger.info(message)

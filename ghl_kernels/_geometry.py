@@ -1,0 +1,80 @@
+"""Shapes of convolutions: per-dimension arguments, padding as torch resolves it, output sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Geometry(NamedTuple):
+    """A convolution with zero padding on both sides, one int per spatial dimension."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def out_size(self, in_size: Sequence[int]) -> tuple[int, ...]:
+        """Spatial output size."""
+        return tuple(
+            (size + 2 * pad - spread * (kernel - 1) - 1) // step + 1
+            for size, kernel, step, pad, spread in zip(
+                in_size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+
+
+def per_dim(value: int | Sequence[int], dims: int, name: str, least: int) -> tuple[int, ...]:
+    """``value`` as ``dims`` ints, each at least ``least``."""
+    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    if len(values) == 1:
+        values *= dims
+    if len(values) != dims:
+        raise ValueError(f"{name} must be an int or {dims} ints, got {value!r}")
+    if any(v < least for v in values):
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return values
+
+
+def resolve_padding(
+    padding: int | Sequence[int] | str, kernel_size: Sequence[int], dilation: Sequence[int]
+) -> tuple[list[int] | None, tuple[int, ...]]:
+    """Padding in two parts: what F.pad must add first (or None), and the symmetric rest.
+
+    ``"same"`` splits an odd total as torch's convolution does, so that results agree bit for bit:
+    the surplus is zeros on the right, added before a convolution with the smaller padding.
+    """
+    dims = len(kernel_size)
+    if not isinstance(padding, str):
+        return None, per_dim(padding, dims, "padding", 0)
+    if padding == "valid":
+        return None, (0,) * dims
+    if padding != "same":
+        raise ValueError(f"padding must be an int, a tuple of ints, 'same' or 'valid', got {padding!r}")
+    totals = [spread * (size - 1) for size, spread in zip(kernel_size, dilation, strict=True)]
+    surplus = [side for total in reversed(totals) for side in (0, total % 2)]
+    return (surplus if any(surplus) else None), tuple(total // 2 for total in totals)
+
+
+def make_geometry(
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> tuple[list[int] | None, Geometry]:
+    """A checked :class:`Geometry`, and what F.pad must add to the input first (or None).
+
+    Raises:
+        ValueError: the wrong number of values, or one out of range.
+    """
+    dims = len(kernel_size)
+    spread = per_dim(dilation, dims, "dilation", 1)
+    before, symmetric = resolve_padding(padding, kernel_size, spread)
+    step = per_dim(stride, dims, "stride", 1)
+    if padding == "same" and any(s != 1 for s in step):
+        raise ValueError(f"padding='same' needs stride 1, got stride {stride!r}")
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups!r}")
+    return before, Geometry(tuple(kernel_size), step, symmetric, spread, groups)

@@ -1,0 +1,331 @@
+"""Every operation of the ``ghl::`` namespace on one page: schema, guard, fake.
+
+Registered by ``Library.define`` and ``impl``, whose call costs a third of ``custom_op``'s. What
+that style leaves to us is done here: bodies run under no_grad, in-place operations bump the
+version counter, and every operation has a fake with the guards of the real one.
+
+Names: A is the correlation sum_p y_p x_p^T; the moments are what the decay needs of y beside A
+(instar: sum_p y_p; subspace and sanger: sum_p y_p y_p^T per group; else nothing), then the number
+of positions P. Both are sums over the data, in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghl_kernels import _check, _dispatch
+from ghl_kernels._geometry import Geometry
+from ghl_kernels.backends.eager import moments_size, sum_dtype
+from ghl_kernels.rule import Competition
+
+_LIB = torch.library.Library("ghl", "DEF")
+_COMPETITION = "str activity, int winners, float temperature, bool anti"
+_CONV = "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+_RULE = "SymInt groups, str decay, str normalize"
+
+
+def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the real implementation of an operation on every device."""
+    name = schema.split("(")[0]
+    _LIB.define(schema)
+
+    def register(body: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(body)
+        def implementation(first: Tensor, *args: Any) -> Any:
+            with torch.no_grad():
+                if torch.is_autocast_enabled(first.device.type):
+                    # the sums are float32 by definition; autocast would run their products in 16 bits
+                    with torch.autocast(first.device.type, enabled=False):
+                        return body(first, *args)
+                return body(first, *args)
+
+        for key in ("CPU", "CUDA"):
+            _LIB.impl(name, implementation, key)
+        return body
+
+    return register
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"ghl::{name}", lib=_LIB)
+
+
+# --- y = c(u) -----------------------------------------------------------------------------------
+
+
+@_op(f"compete(Tensor u, int dim, {_COMPETITION}) -> Tensor")
+def _compete(u: Tensor, dim: int, activity: str, winners: int, temperature: float, anti: bool) -> Tensor:
+    _guard_competition(u, dim, winners)
+    competition = Competition(activity, winners, temperature, anti)
+    return _dispatch.select(u.device, u.dtype).compete(u, dim % u.dim(), competition)
+
+
+@_fake("compete")
+def _(u: Tensor, dim: int, activity: str, winners: int, temperature: float, anti: bool) -> Tensor:
+    _guard_competition(u, dim, winners)
+    return torch.empty_like(u)
+
+
+@_op(f"competition_state(Tensor u, int dim, {_COMPETITION}) -> (Tensor threshold, Tensor cut, Tensor logsumexp)")
+def _competition_state(
+    u: Tensor, dim: int, activity: str, winners: int, temperature: float, anti: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _guard_competition(u, dim, winners)
+    competition = Competition(activity, winners, temperature, anti)
+    return _dispatch.select(u.device, u.dtype).competition_state(u, dim % u.dim(), competition)
+
+
+@_fake("competition_state")
+def _(
+    u: Tensor, dim: int, activity: str, winners: int, temperature: float, anti: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _guard_competition(u, dim, winners)
+    shape = [size for i, size in enumerate(u.shape) if i != dim % u.dim()]
+    real = u.new_empty(shape, dtype=sum_dtype(u.dtype))
+    return real, u.new_empty(shape, dtype=torch.int32), torch.empty_like(real)
+
+
+@_op(f"winners(Tensor u, int dim, {_COMPETITION}) -> (Tensor unit, Tensor activity)")
+def _winners(
+    u: Tensor, dim: int, activity: str, winners: int, temperature: float, anti: bool
+) -> tuple[Tensor, Tensor]:
+    _guard_winner_lists(u, dim, winners)
+    competition = Competition(activity, winners, temperature, anti)
+    return _dispatch.select(u.device, u.dtype).winners(u, dim % u.dim(), competition)
+
+
+@_fake("winners")
+def _(u: Tensor, dim: int, activity: str, winners: int, temperature: float, anti: bool) -> tuple[Tensor, Tensor]:
+    _guard_winner_lists(u, dim, winners)
+    shape = (u.numel() // max(u.shape[dim], 1), winners)
+    return u.new_empty(shape, dtype=torch.int32), u.new_empty(shape, dtype=sum_dtype(u.dtype))
+
+
+# --- A and the moments of y ---------------------------------------------------------------------
+
+
+@_op(f"linear_sums(Tensor x, Tensor u, {_COMPETITION}, str decay) -> (Tensor A, Tensor moments)")
+def _linear_sums(
+    x: Tensor, u: Tensor, activity: str, winners: int, temperature: float, anti: bool, decay: str
+) -> tuple[Tensor, Tensor]:
+    _guard_linear(x, u, winners)
+    competition = Competition(activity, winners, temperature, anti)
+    return _dispatch.select(x.device, x.dtype).linear_sums(x, u, competition, decay)
+
+
+@_fake("linear_sums")
+def _(
+    x: Tensor, u: Tensor, activity: str, winners: int, temperature: float, anti: bool, decay: str
+) -> tuple[Tensor, Tensor]:
+    _guard_linear(x, u, winners)
+    return _empty_sums(x, (u.shape[-1], x.shape[-1]), 1, decay)
+
+
+@_op(f"conv_sums(Tensor x, Tensor u, {_CONV}, {_COMPETITION}, str decay) -> (Tensor A, Tensor moments)")
+def _conv_sums(
+    x: Tensor,
+    u: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activity: str,
+    winners: int,
+    temperature: float,
+    anti: bool,
+    decay: str,
+) -> tuple[Tensor, Tensor]:
+    geometry = _geometry(kernel_size, stride, padding, dilation, groups)
+    _guard_conv(x, u, geometry, winners)
+    competition = Competition(activity, winners, temperature, anti)
+    return _dispatch.select(x.device, x.dtype).conv_sums(x, u, geometry, competition, decay)
+
+
+@_fake("conv_sums")
+def _(
+    x: Tensor,
+    u: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activity: str,
+    winners: int,
+    temperature: float,
+    anti: bool,
+    decay: str,
+) -> tuple[Tensor, Tensor]:
+    _guard_conv(x, u, _geometry(kernel_size, stride, padding, dilation, groups), winners)
+    return _empty_sums(x, (u.shape[1], x.shape[1] // groups, *kernel_size), groups, decay)
+
+
+@_op(
+    "linear_winner_sums(Tensor x, Tensor unit, Tensor activity, SymInt units, str decay)"
+    " -> (Tensor A, Tensor moments)"
+)
+def _linear_winner_sums(x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str) -> tuple[Tensor, Tensor]:
+    _guard_lists(x, unit, activity, x.numel() // max(x.shape[-1], 1))
+    return _dispatch.select(x.device, x.dtype).linear_winner_sums(x, unit, activity, units, decay)
+
+
+@_fake("linear_winner_sums")
+def _(x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str) -> tuple[Tensor, Tensor]:
+    return _empty_sums(x, (units, x.shape[-1]), 1, decay)
+
+
+@_op(
+    f"conv_winner_sums(Tensor x, Tensor unit, Tensor activity, SymInt units, {_CONV}, str decay)"
+    " -> (Tensor A, Tensor moments)"
+)
+def _conv_winner_sums(
+    x: Tensor,
+    unit: Tensor,
+    activity: Tensor,
+    units: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    decay: str,
+) -> tuple[Tensor, Tensor]:
+    geometry = _geometry(kernel_size, stride, padding, dilation, groups)
+    _check.conv_input(x, geometry)
+    positions = x.shape[0]
+    for size in geometry.out_size(x.shape[2:]):
+        positions *= size
+    _guard_lists(x, unit, activity, positions)
+    return _dispatch.select(x.device, x.dtype).conv_winner_sums(x, unit, activity, units, geometry, decay)
+
+
+@_fake("conv_winner_sums")
+def _(
+    x: Tensor,
+    unit: Tensor,
+    activity: Tensor,
+    units: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    decay: str,
+) -> tuple[Tensor, Tensor]:
+    _check.conv_input(x, _geometry(kernel_size, stride, padding, dilation, groups))
+    return _empty_sums(x, (units, x.shape[1] // groups, *kernel_size), groups, decay)
+
+
+# --- H, the gate, and learning in place ---------------------------------------------------------
+
+
+@_op(f"delta(Tensor A, Tensor moments, Tensor weight, {_RULE}) -> Tensor")
+def _delta(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str) -> Tensor:
+    _guard_sums(A, moments, weight, groups, decay)
+    return _dispatch.select(weight.device, weight.dtype).delta(A, moments, weight, groups, decay, normalize)
+
+
+@_fake("delta")
+def _(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str) -> Tensor:
+    _check.shape("A", A, weight.shape)
+    return weight.new_empty(weight.shape, dtype=A.dtype)
+
+
+@_op(f"gate_(Tensor(a!) grad, Tensor A, Tensor moments, Tensor weight, {_RULE}) -> ()")
+def _gate_(
+    grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
+) -> None:
+    _guard_sums(A, moments, weight, groups, decay)
+    _check.shape("grad", grad, weight.shape)
+    _check.floats(grad=grad, weight=weight)
+    _check.writable("grad", grad)
+    _dispatch.select(weight.device, weight.dtype).gate_(grad, A, moments, weight, groups, decay, normalize)
+    torch.autograd.graph.increment_version(grad)
+
+
+@_fake("gate_")
+def _(
+    grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
+) -> None:
+    _check.shape("grad", grad, weight.shape)
+
+
+@_op(f"learn_(Tensor(a!) weight, Tensor A, Tensor moments, float lr, {_RULE}) -> ()")
+def _learn_(
+    weight: Tensor, A: Tensor, moments: Tensor, lr: float, groups: int, decay: str, normalize: str
+) -> None:
+    _guard_sums(A, moments, weight, groups, decay)
+    _check.writable("weight", weight)
+    _dispatch.select(weight.device, weight.dtype).learn_(weight, A, moments, lr, groups, decay, normalize)
+    torch.autograd.graph.increment_version(weight)
+
+
+@_fake("learn_")
+def _(
+    weight: Tensor, A: Tensor, moments: Tensor, lr: float, groups: int, decay: str, normalize: str
+) -> None:
+    _check.shape("A", A, weight.shape)
+
+
+# --- guards -------------------------------------------------------------------------------------
+
+
+def _geometry(
+    kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Geometry:
+    return Geometry(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _guard_competition(u: Tensor, dim: int, winners: int) -> None:
+    _check.floats(u=u)
+    _check.winners(winners, u.shape[_check.dimension(u, dim)])
+
+
+def _guard_winner_lists(u: Tensor, dim: int, winners: int) -> None:
+    _guard_competition(u, dim, winners)
+    if winners < 1:
+        raise ValueError("lists of winners need winners >= 1, got a competition among all units")
+
+
+def _guard_linear(x: Tensor, u: Tensor, winners: int) -> None:
+    _check.floats(x=x, u=u)
+    _check.same_dtype(x=x, u=u)
+    _check.linear(x, u)
+    _check.winners(winners, u.shape[-1])
+
+
+def _guard_conv(x: Tensor, u: Tensor, geometry: Geometry, winners: int) -> None:
+    _check.floats(x=x, u=u)
+    _check.same_dtype(x=x, u=u)
+    _check.conv(x, u, geometry)
+    _check.winners(winners, u.shape[1])
+
+
+def _guard_lists(x: Tensor, unit: Tensor, activity: Tensor, positions: int) -> None:
+    _check.floats(x=x, activity=activity)
+    if unit.dtype != torch.int32 or activity.dtype != sum_dtype(x.dtype):
+        raise TypeError(f"winners must be int32 units and {sum_dtype(x.dtype)} activities, "
+                        f"got {unit.dtype} and {activity.dtype}")
+    if unit.shape != activity.shape or unit.dim() != 2 or unit.shape[0] != positions:
+        raise ValueError(f"winners must be two ({positions}, k) tensors, got {tuple(unit.shape)}, "
+                         f"{tuple(activity.shape)}")
+
+
+def _guard_sums(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str) -> None:
+    _check.floats(A=A, moments=moments, weight=weight)
+    _check.shape("A", A, weight.shape)
+    _check.shape("moments", moments, (moments_size(weight.shape[0], groups, decay),))
+    if A.dtype != moments.dtype or A.dtype != sum_dtype(weight.dtype):
+        raise TypeError(f"A and the moments must be {sum_dtype(weight.dtype)} for a {weight.dtype} weight, "
+                        f"got {A.dtype} and {moments.dtype}")
+
+
+def _empty_sums(x: Tensor, shape: Sequence[int], groups: int, decay: str) -> tuple[Tensor, Tensor]:
+    dtype = sum_dtype(x.dtype)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(moments_size(shape[0], groups, decay), dtype=dtype)

@@ -1,0 +1,5 @@
+"""One module per implementation, all with the same functions; see eager.py for what each computes.
+
+Besides the operations a backend has ``status() -> (available, reason)`` and
+``refusal(device_type, dtype) -> reason or ""``.
+"""

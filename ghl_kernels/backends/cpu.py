@@ -1,0 +1,273 @@
+"""The operations on the native CPU kernels: float32 and bfloat16 in, float32 sums.
+
+A dense A is torch's own weight gradient of activities that the native kernel computes; everything
+else runs in csrc/cpu. Tensors that a kernel reads are bound to names until it returns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ghl_kernels import _native
+from ghl_kernels._geometry import Geometry
+from ghl_kernels.backends import eager
+from ghl_kernels.rule import Competition
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1}
+_ACTIVITY = {"softmax": 0, "linear": 1, "relu": 2, "binary": 3}
+_DECAY = {"none": 0, "oja": 1, "instar": 2}
+_NORMALIZE = {"layer": 0, "filter": 1, "mean": 2, "none": 2}
+_GATE, _DELTA, _LEARN = 0, 1, 2
+
+
+def status() -> tuple[bool, str]:
+    """(available, reason)."""
+    return _native.cpu_status()
+
+
+def refusal(device_type: str, dtype: torch.dtype) -> str:
+    """Why this backend cannot run on such tensors, or "" when it can."""
+    if device_type != "cpu":
+        return f"it runs on CPU tensors, not on {device_type}"
+    if dtype not in _DTYPE:
+        return f"it takes float32 and bfloat16, not {dtype}"
+    return ""
+
+
+def compete(u: Tensor, dim: int, competition: Competition) -> Tensor:
+    """y = c(u), same shape and dtype as u."""
+    return _activities(u, dim, competition, u.dtype)
+
+
+def competition_state(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tensor, Tensor]:
+    """Per position: the k-th largest u, the last unit that wins a tie at it, and logsumexp over the winners."""
+    shape = [size for i, size in enumerate(u.shape) if i != dim]
+    threshold, logsumexp = u.new_empty(shape, dtype=torch.float32), u.new_empty(shape, dtype=torch.float32)
+    cut = u.new_empty(shape, dtype=torch.int32)
+    if not competition.winners:
+        competition = competition._replace(winners=u.shape[dim])
+    outputs = {"threshold": threshold.data_ptr(), "cut": cut.data_ptr(), "logsumexp": logsumexp.data_ptr()}
+    _run_competition(_rows_or_planes(u, dim), dim, competition, outputs)
+    return threshold, cut, logsumexp
+
+
+def winners(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tensor]:
+    """Winning units, int32 ascending, and their activities, both (P, k); unit -1 first where u holds a NaN."""
+    positions = u.numel() // max(u.shape[dim], 1)
+    unit = u.new_empty((positions, competition.winners), dtype=torch.int32)
+    activity = u.new_empty(unit.shape, dtype=torch.float32)
+    outputs = {"winner_unit": unit.data_ptr(), "winner_activity": activity.data_ptr()}
+    _run_competition(_rows_or_planes(u, dim), dim, competition, outputs)
+    return unit, activity
+
+
+def linear_sums(x: Tensor, u: Tensor, competition: Competition, decay: str) -> tuple[Tensor, Tensor]:
+    """A (N, D) and the moments of y, from x (..., D) and u (..., N)."""
+    return eager.linear_sums(x, u, competition, decay, _float_activities)
+
+
+def conv_sums(
+    x: Tensor, u: Tensor, geometry: Geometry, competition: Competition, decay: str
+) -> tuple[Tensor, Tensor]:
+    """A (N, C / groups, *kernel_size) and the moments of y, from x (B, C, *size) and u (B, N, *out_size)."""
+    return eager.conv_sums(x, u, geometry, competition, decay, _float_activities)
+
+
+def linear_winner_sums(x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str) -> tuple[Tensor, Tensor]:
+    """As linear_sums, from the winners' lists (P, k), at a cost of k / N of the dense product."""
+    if decay not in _DECAY:
+        return eager.linear_winner_sums(x, unit, activity, units, decay)
+    x = x.reshape(-1, x.shape[-1])
+    A = x.new_empty((units, x.shape[1]), dtype=torch.float32)
+    return A, _correlate(x, unit, activity, A, Geometry((), (), (), (), 1), decay)
+
+
+def conv_winner_sums(
+    x: Tensor, unit: Tensor, activity: Tensor, units: int, geometry: Geometry, decay: str
+) -> tuple[Tensor, Tensor]:
+    """As conv_sums, from the winners' lists (P, k), at a cost of k / N of the dense product."""
+    if decay not in _DECAY:
+        return eager.conv_winner_sums(x, unit, activity, units, geometry, decay)
+    A = x.new_empty((units, x.shape[1] // geometry.groups, *geometry.kernel_size), dtype=torch.float32)
+    return A, _correlate(x, unit, activity, A, geometry, decay)
+
+
+def gate_(
+    grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
+) -> None:
+    """grad <- |H| * sign(grad) + (grad - grad), in place in two passes over the weights."""
+    if grad.dtype not in _DTYPE:
+        return eager.gate_(grad, A, moments, weight, groups, decay, normalize)
+    _epilogue(_GATE, grad, A, moments, weight, groups, decay, normalize)
+
+
+def learn_(
+    weight: Tensor, A: Tensor, moments: Tensor, lr: float, groups: int, decay: str, normalize: str
+) -> None:
+    """weight <- weight + lr * H, in place."""
+    _epilogue(_LEARN, weight, A, moments, weight, groups, decay, normalize, rate=lr)
+
+
+def delta(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str) -> Tensor:
+    """H, of weight's shape and A's dtype."""
+    H = A.new_empty(A.shape)
+    _epilogue(_DELTA, H, A, moments, weight, groups, decay, normalize)
+    return H
+
+
+def _float_activities(u: Tensor, dim: int, competition: Competition) -> Tensor:
+    return _activities(u, dim, competition, torch.float32)
+
+
+def _activities(u: Tensor, dim: int, competition: Competition, dtype: torch.dtype) -> Tensor:
+    source = _rows_or_planes(u, dim)
+    y = torch.empty_like(source, dtype=dtype)
+    outputs = {"y": y.data_ptr(), "y_dtype": _DTYPE[dtype], "y_layout": _layout(y, dim)[3:]}
+    _run_competition(source, dim, competition, outputs)
+    if source is u:
+        return y
+    return torch.empty_like(u, dtype=dtype).copy_(y)
+
+
+def _rows_or_planes(u: Tensor, dim: int) -> Tensor:
+    """u itself where units or positions are contiguous, otherwise a contiguous copy."""
+    return u if u.is_contiguous() or u.movedim(dim, -1).is_contiguous() else u.contiguous()
+
+
+def _layout(u: Tensor, dim: int) -> tuple[int, int, int, int, int, int]:
+    """(batch, units, positions) of u and the strides of the three."""
+    units = u.shape[dim]
+    if u.movedim(dim, -1).is_contiguous():  # rows of units: one batch of all positions
+        return 1, units, u.numel() // max(units, 1), 0, 1, units
+    inner = u[(0,) * (dim + 1)].numel() if 0 not in u.shape else 0
+    return u.numel() // max(units * inner, 1), units, inner, units * inner, inner, 1
+
+
+def _run_competition(u: Tensor, dim: int, competition: Competition, outputs: dict[str, object]) -> None:
+    batch, units, positions, *strides = _layout(u, dim)
+    if u.numel() == 0:
+        return
+    _native.load_cpu().compete(
+        u=u.data_ptr(),
+        u_dtype=_DTYPE[u.dtype],
+        u_layout=tuple(strides),
+        batch=batch,
+        units=units,
+        positions=positions,
+        activity=_ACTIVITY[competition.activity],
+        winners=competition.winners,
+        temperature=competition.temperature,
+        anti=competition.anti,
+        threads=torch.get_num_threads(),
+        **outputs,  # type: ignore[arg-type]
+    )
+
+
+def _correlate(x: Tensor, unit: Tensor, activity: Tensor, A: Tensor, geometry: Geometry, decay: str) -> Tensor:
+    """Fill A from the winners' lists; returns the moments."""
+    native, units = _native.load_cpu(), A.shape[0]
+    moments = eager.new_moments(units, geometry.groups, decay, torch.float32, x.device)
+    moments[-1] = unit.shape[0]
+    unit, activity = unit.contiguous(), activity.contiguous()
+    taps = A[0, 0].numel() if A.dim() > 2 and A.shape[0] and A.shape[1] else 1
+    arguments = {
+        "batch": x.shape[0],
+        "channels": x.shape[1],
+        "groups": geometry.groups,
+        "in_size": _three(x.shape[2:], 1),
+        "out_size": _three(geometry.out_size(x.shape[2:]), 1),
+        "kernel": _three(geometry.kernel_size, 1),
+        "stride": _three(geometry.stride, 1),
+        "padding": _three(geometry.padding, 0),
+        "dilation": _three(geometry.dilation, 1),
+        "winner_unit": unit.data_ptr(),
+        "winner_activity": activity.data_ptr(),
+        "winners": unit.shape[1],
+        "x": x.data_ptr(),
+        "x_dtype": _DTYPE[x.dtype],
+        "x_stride_batch": x.stride(0),
+        "x_stride_channel": x.stride(1),
+        "x_stride": _three(x.stride()[2:], 0),
+        "units": units,
+        "a": A.data_ptr(),
+        "a_stride_unit": A.stride(0),
+        "a_stride_channel": A.stride(1),
+        "a_stride_tap": 1 if taps > 1 else 0,
+        "activity_sum": moments.data_ptr() if decay == "instar" else 0,
+        "threads": torch.get_num_threads(),
+    }
+    if x.numel() == 0 or unit.numel() == 0:
+        A.zero_()
+        return moments
+    workspace = torch.empty(native.correlate_workspace(**arguments), dtype=torch.uint8)
+    native.correlate(**arguments, workspace=workspace.data_ptr())
+    return moments
+
+
+def _epilogue(
+    target: int,
+    out: Tensor,
+    A: Tensor,
+    moments: Tensor,
+    weight: Tensor,
+    groups: int,
+    decay: str,
+    normalize: str,
+    rate: float = 0.0,
+) -> None:
+    native = _native.load_cpu()
+    if decay in ("subspace", "sanger"):
+        A = A - eager.mixing(moments, weight.flatten(1).to(A.dtype), groups, decay).view(A.shape)
+        decay = "none"
+    result = out
+    A, weight, out = _as_filters(A), _as_filters(weight), _as_filters(out)
+    if target == _LEARN:
+        weight = out
+    units, channels, taps = _sizes(weight)
+    arguments = {
+        "units": units,
+        "channels": channels,
+        "taps": taps,
+        "a": A.data_ptr(),
+        "a_layout": _strides(A),
+        "weight": weight.data_ptr(),
+        "weight_dtype": _DTYPE[weight.dtype],
+        "weight_layout": _strides(weight),
+        "decay": _DECAY[decay],
+        "row_decay": moments.data_ptr() if decay == "instar" else 0,
+        "normalize": _NORMALIZE[normalize],
+        "scale": 1.0 / max(moments[-1].item(), 1.0) if normalize == "mean" else 1.0,
+        "target": target,
+        "out": out.data_ptr(),
+        "out_dtype": _DTYPE[out.dtype],
+        "out_layout": _strides(out),
+        "rate": rate,
+        "threads": torch.get_num_threads(),
+    }
+    workspace = torch.empty(native.epilogue_workspace(**arguments), dtype=torch.uint8)
+    native.epilogue(**arguments, workspace=workspace.data_ptr())
+    if out is not result:
+        result.copy_(out)
+
+
+def _as_filters(tensor: Tensor) -> Tensor:
+    """The tensor itself where its kernel dimensions collapse into one stride, otherwise a contiguous copy."""
+    sizes, strides = tensor.shape[2:], tensor.stride()[2:]
+    collapsible = all(strides[i] == strides[i + 1] * sizes[i + 1] for i in range(len(sizes) - 1))
+    return tensor if collapsible else tensor.contiguous()
+
+
+def _sizes(tensor: Tensor) -> tuple[int, int, int]:
+    units, channels = tensor.shape[:2]
+    return units, channels, tensor.numel() // max(units * channels, 1)
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.stride(0), tensor.stride(1), tensor.stride(-1) if tensor.dim() > 2 else 0
+
+
+def _three(values: tuple[int, ...] | torch.Size, fill: int) -> tuple[int, int, int]:
+    """``values`` with leading dimensions added up to three."""
+    padded = (fill,) * (3 - len(values)) + tuple(values)
+    return padded[0], padded[1], padded[2]

@@ -1,0 +1,277 @@
+"""The operations in torch's own operators: any device, any floating dtype.
+
+Sums are float32 (float64 for float64 inputs) whatever the input dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ghl_kernels._geometry import Geometry
+from ghl_kernels.rule import Competition
+
+Activities = Callable[[Tensor, int, Competition], Tensor]
+
+EPS = 1e-30
+# 16-bit inputs are summed from float32 copies of this many bytes at a time.
+_BLOCK_BYTES = 32 << 20
+
+
+def status() -> tuple[bool, str]:
+    """(available, reason)."""
+    return True, "torch's own operators, any device"
+
+
+def refusal(device_type: str, dtype: torch.dtype) -> str:
+    """Why this backend cannot run on such tensors, or "" when it can."""
+    return ""
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the sums over positions."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def compete(u: Tensor, dim: int, competition: Competition) -> Tensor:
+    """y = c(u), same shape and dtype as u."""
+    return _compete(u.to(sum_dtype(u.dtype)), dim, competition).to(u.dtype)
+
+
+def competition_state(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tensor, Tensor]:
+    """Per position: the k-th largest u, the last unit that wins a tie at it, and logsumexp over the winners."""
+    v = u.to(sum_dtype(u.dtype)).movedim(dim, -1)
+    k = competition.winners or v.shape[-1]
+    wins = _winner_mask(v, -1, k)
+    threshold = v.topk(k, dim=-1).values[..., -1]
+    units = torch.arange(v.shape[-1], device=v.device)
+    cut = torch.where(wins & (v == threshold.unsqueeze(-1)), units, -1).amax(-1).to(torch.int32)
+    logsumexp = torch.where(wins, v / competition.temperature, float("-inf")).logsumexp(-1)
+    bad = v.isnan().any(-1)
+    nan = float("nan")
+    return threshold.masked_fill(bad, nan), cut.masked_fill(bad, -1), logsumexp.masked_fill(bad, nan)
+
+
+def winners(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tensor]:
+    """Winning units, int32 ascending, and their activities, both (P, k); unit -1 first where u holds a NaN."""
+    k = competition.winners
+    v = u.to(sum_dtype(u.dtype)).movedim(dim, -1).reshape(-1, u.shape[dim])
+    y = _compete(v, -1, competition)
+    units = torch.arange(v.shape[1], device=v.device)
+    unit = torch.where(_winner_mask(v, -1, k), units, v.shape[1]).sort(-1).values[:, :k]
+    # a NaN compares false everywhere and leaves too few winners; keep the indices inside the row
+    unit = unit.clamp_max(v.shape[1] - 1)
+    activity = y.gather(1, unit)
+    unit[:, 0].masked_fill_(v.isnan().any(-1), -1)
+    return unit.to(torch.int32), activity
+
+
+def linear_sums(
+    x: Tensor, u: Tensor, competition: Competition, decay: str, activities: Activities | None = None
+) -> tuple[Tensor, Tensor]:
+    """A (N, D) and the moments of y, from x (..., D) and u (..., N); ``activities`` computes y from a block of u."""
+    activities = activities or _float_activities
+    x, u = x.reshape(-1, x.shape[-1]), u.reshape(-1, u.shape[-1])
+    dtype = sum_dtype(x.dtype)
+    A = x.new_zeros((u.shape[1], x.shape[1]), dtype=dtype)
+    moments = new_moments(u.shape[1], 1, decay, dtype, x.device)
+    for rows in _blocks(u.shape[0], x.shape[1] + u.shape[1], x.dtype):
+        y = activities(u[rows], 1, competition)
+        if rows.stop - rows.start == u.shape[0]:
+            torch.mm(y.t(), x[rows].to(dtype), out=A)
+        else:
+            A.addmm_(y.t(), x[rows].to(dtype))
+        add_moments(moments, y, 1, decay)
+    return A, moments
+
+
+def conv_sums(
+    x: Tensor,
+    u: Tensor,
+    geometry: Geometry,
+    competition: Competition,
+    decay: str,
+    activities: Activities | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A (N, C / groups, *kernel_size) and the moments of y, from x (B, C, *size) and u (B, N, *out_size)."""
+    activities = activities or _float_activities
+    dtype = sum_dtype(x.dtype)
+    shape = (u.shape[1], x.shape[1] // geometry.groups, *geometry.kernel_size)
+    A: Tensor | None = None
+    moments = new_moments(u.shape[1], geometry.groups, decay, dtype, x.device)
+    per_item = (x[0].numel() + u[0].numel()) if x.shape[0] else 0
+    for items in _blocks(x.shape[0], per_item, x.dtype):
+        y = activities(u[items], 1, competition)
+        part = conv_correlate(x[items].to(dtype), y, shape, geometry)
+        A = part if A is None else A.add_(part)
+        add_moments(moments, y.movedim(1, -1).reshape(-1, u.shape[1]), geometry.groups, decay)
+    return (x.new_zeros(shape, dtype=dtype) if A is None else A), moments
+
+
+def conv_correlate(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """sum_p y_p x_p^T by the library's weight gradient; contiguous."""
+    if y.numel() == 0 or x.numel() == 0:
+        return x.new_zeros(shape)
+    weight = x.new_empty(shape)  # only its shape is read
+    dims = len(geometry.kernel_size)
+    _, A, _ = torch.ops.aten.convolution_backward(
+        y,
+        x,
+        weight,
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        [0] * dims,
+        geometry.groups,
+        [False, True, False],
+    )
+    return A.contiguous()
+
+
+def linear_winner_sums(x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str) -> tuple[Tensor, Tensor]:
+    """As linear_sums, from the winners' lists (P, k)."""
+    x = x.reshape(-1, x.shape[-1])
+    y = _scatter(unit, activity, units)
+    A = torch.mm(y.t(), x.to(y.dtype))
+    moments = new_moments(units, 1, decay, y.dtype, x.device)
+    add_moments(moments, y, 1, decay)
+    return A, moments
+
+
+def conv_winner_sums(
+    x: Tensor, unit: Tensor, activity: Tensor, units: int, geometry: Geometry, decay: str
+) -> tuple[Tensor, Tensor]:
+    """As conv_sums, from the winners' lists (P, k)."""
+    y = _scatter(unit, activity, units)
+    moments = new_moments(units, geometry.groups, decay, y.dtype, x.device)
+    add_moments(moments, y, geometry.groups, decay)
+    planes = y.view(x.shape[0], *geometry.out_size(x.shape[2:]), units).movedim(-1, 1)
+    shape = (units, x.shape[1] // geometry.groups, *geometry.kernel_size)
+    return conv_correlate(x.to(y.dtype), planes, shape, geometry), moments
+
+
+def gate_(
+    grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
+) -> None:
+    """grad <- |H| * sign(grad) + (grad - grad)."""
+    H = delta(A, moments, weight, groups, decay, normalize)
+    grad.copy_(H.abs() * grad.sign() + (grad - grad))
+
+
+def learn_(
+    weight: Tensor, A: Tensor, moments: Tensor, lr: float, groups: int, decay: str, normalize: str
+) -> None:
+    """weight <- weight + lr * H."""
+    H = delta(A, moments, weight, groups, decay, normalize)
+    weight.copy_(weight.to(H.dtype) + lr * H)
+
+
+def delta(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str) -> Tensor:
+    """H, of weight's shape and A's dtype."""
+    W = weight.detach().flatten(1).to(A.dtype)
+    H = A.flatten(1)
+    if decay == "oja":
+        H = H - (W * H).sum(1, keepdim=True) * W
+    elif decay == "instar":
+        H = H - moments[:-1].unsqueeze(1) * W
+    elif decay in ("subspace", "sanger"):
+        H = H - mixing(moments, W, groups, decay)
+    return normalized(H, moments, normalize).view(weight.shape)
+
+
+def mixing(moments: Tensor, W: Tensor, groups: int, decay: str) -> Tensor:
+    """(sum_p y_p y_p^T) W per group, W (N, D); the lower triangle of the sums for Sanger's rule."""
+    per_group = W.shape[0] // groups
+    C = moments[:-1].view(groups, per_group, per_group)
+    if decay == "sanger":
+        C = C.tril()
+    return torch.bmm(C, W.reshape(groups, per_group, W.shape[1])).view(W.shape)
+
+
+def normalized(H: Tensor, moments: Tensor, normalize: str) -> Tensor:
+    """H (N, D) divided by its scale; a scale that is not finite makes its scope NaN."""
+    if normalize == "none" or H.numel() == 0:
+        return H.clone()
+    if normalize == "mean":
+        return H / moments[-1].clamp_min(1.0)
+    scale = H.abs().amax() if normalize == "layer" else H.abs().amax(1, keepdim=True)
+    return torch.where(scale.isfinite(), H / (scale + EPS), torch.full_like(H, math.nan))
+
+
+def moments_size(units: int, groups: int, decay: str) -> int:
+    """Length of the moments: what the decay needs of y beside A, then the number of positions P."""
+    if decay == "instar":
+        return units + 1
+    if decay in ("subspace", "sanger"):
+        return units * (units // groups) + 1
+    return 1
+
+
+def new_moments(units: int, groups: int, decay: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zero moments: [sum_p y_p] (instar), [sum_p y_p y_p^T per group] (subspace, sanger), then [P]."""
+    return torch.zeros(moments_size(units, groups, decay), dtype=dtype, device=device)
+
+
+def add_moments(moments: Tensor, y: Tensor, groups: int, decay: str) -> None:
+    """Add the positions of y (P, N) to the moments."""
+    moments[-1] += y.shape[0]
+    if decay == "instar":
+        moments[:-1] += y.sum(0)
+    elif decay in ("subspace", "sanger"):
+        grouped = y.reshape(y.shape[0], groups, -1).transpose(0, 1)
+        moments[:-1] += torch.bmm(grouped.transpose(1, 2), grouped).flatten()
+
+
+def _float_activities(u: Tensor, dim: int, competition: Competition) -> Tensor:
+    return _compete(u.to(sum_dtype(u.dtype)), dim, competition)
+
+
+def _compete(u: Tensor, dim: int, competition: Competition) -> Tensor:
+    activity, k, temperature, anti = competition
+    if u.numel() == 0:
+        return torch.zeros_like(u)
+    wins = _winner_mask(u, dim, k) if k else None
+    if activity == "softmax":
+        y = torch.softmax(u / temperature if wins is None else (u / temperature).where(wins, -math.inf), dim)
+    elif activity == "linear":
+        y = u
+    elif activity == "relu":
+        y = torch.relu(u)
+    else:
+        y = torch.ones_like(u)
+    if wins is not None:
+        y = torch.where(wins, y, 0.0)
+    if anti:
+        first = torch.zeros_like(u, dtype=torch.bool).scatter_(dim, u.argmax(dim, keepdim=True), True)
+        y = torch.where(first, y, -y)
+    return torch.where(u.isnan().any(dim, keepdim=True), math.nan, y)
+
+
+def _winner_mask(u: Tensor, dim: int, k: int) -> Tensor:
+    """The k largest along dim; torch.topk breaks ties as it likes, so they are counted out by index."""
+    threshold = u.topk(k, dim).values.narrow(dim, k - 1, 1)
+    above, level = u > threshold, u == threshold
+    room = k - above.sum(dim, keepdim=True)
+    return above | (level & (level.cumsum(dim) <= room))
+
+
+def _scatter(unit: Tensor, activity: Tensor, units: int) -> Tensor:
+    """Dense y (P, N) from the winners' lists."""
+    y = activity.new_zeros((unit.shape[0], units))
+    y.scatter_(1, unit.clamp_min(0).long(), activity)
+    return torch.where(unit[:, :1] < 0, math.nan, y)
+
+
+def _blocks(items: int, per_item: int, dtype: torch.dtype) -> list[slice]:
+    """Slices of the batch: one for 32- and 64-bit inputs, several where float32 copies are made."""
+    if items == 0:
+        return []
+    if dtype in (torch.float32, torch.float64):
+        return [slice(0, items)]
+    step = max(1, _BLOCK_BYTES // max(1, 4 * per_item))
+    return [slice(start, min(start + step, items)) for start in range(0, items, step)]

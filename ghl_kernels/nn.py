@@ -1,0 +1,288 @@
+"""Drop-in layers: torch's Linear and Conv1d/2d/3d whose weights learn by a Hebbian rule.
+
+Forward, input gradient and bias gradient are the torch layer's, bit for bit; in eval mode, without
+grad mode or with a frozen weight a layer is its torch layer. ``state_dict`` is the torch layer's.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+import warnings
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ghl_kernels import _check
+from ghl_kernels._autograd import GateFunction, LayerFunction, Plan, sums
+from ghl_kernels._geometry import Geometry, make_geometry
+from ghl_kernels.backends.eager import moments_size
+from ghl_kernels.rule import HebbianRule
+
+if TYPE_CHECKING:
+    from ghl_kernels.step_gate import Attachment
+
+GateAt = Literal["backward", "step"]
+SumsAt = Literal["forward", "backward"]
+
+
+class GHLLayer(nn.Module, abc.ABC):
+    """What the four layers share: the rule, and the way of the Hebbian sums to the gradient.
+
+    Attributes:
+        rule: the :class:`HebbianRule`.
+        gate_at: ``"backward"``: weight.grad is the gated gradient as soon as backward returns.
+            ``"step"``: backward leaves the plain gradient and the sums; a :class:`StepGate` applies the
+            rule just before the optimizer's step, exact under accumulation, GradScaler, clipping and DDP.
+        sums_at: when A is summed. ``"forward"``: right after u, so that what follows may change u in
+            place. ``"backward"``: from u, which is kept. Rules with few winners keep those instead.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    rule: HebbianRule
+    gate_at: GateAt
+    sums_at: SumsAt
+    _attachment: Attachment | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        rule: HebbianRule | None = None,
+        gate_at: GateAt = "backward",
+        sums_at: SumsAt = "forward",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_rule(HebbianRule.ghl() if rule is None else rule, gate_at, sums_at)
+
+    def set_rule(self, rule: HebbianRule, gate_at: GateAt = "backward", sums_at: SumsAt = "forward") -> None:
+        """Check and store the rule and its options.
+
+        Raises:
+            TypeError: ``rule`` is no HebbianRule.
+            ValueError: an unknown option, or more winners than this layer has units.
+        """
+        check_options(rule, gate_at, sums_at)
+        rule.winners_of(self.units)
+        self.rule, self.gate_at, self.sums_at = rule, gate_at, sums_at
+
+    @property
+    @abc.abstractmethod
+    def units(self) -> int:
+        """Number of competing units, the first size of the weight."""
+
+    @property
+    def filter_groups(self) -> int:
+        """Groups of the convolution, 1 for linear; sums and decay are per group."""
+        return 1
+
+    @torch.no_grad()
+    def learn_(self, x: Tensor, lr: float) -> Tensor:
+        """Forward pass and local update in place, W += lr * H, with no backward pass and no gate.
+
+        Args:
+            x: the layer's input, as for ``forward``.
+            lr: learning rate; H points uphill, so a positive one learns.
+
+        Returns:
+            u, the layer's output from before the update; it requires no gradient.
+
+        Raises:
+            TypeError, ValueError: an input that the layer does not take, or a learning rate that is not finite.
+        """
+        if not math.isfinite(lr):
+            raise ValueError(f"lr must be finite, got {lr!r}")
+        self._check_input(x)
+        u = self._torch_forward(x)
+        batched, geometry = self._prepare(x.to(u.dtype))
+        A, moments = sums(batched, u.unsqueeze(0) if batched.dim() > x.dim() else u, self._plan(geometry))
+        rule = self.rule
+        torch.ops.ghl.learn_(self.weight, A, moments, lr, self.filter_groups, rule.decay, rule.normalize)
+        return u
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The torch layer's output; in training its backward leaves the rule's gradient in weight.grad."""
+        if not (self.training and self.weight.requires_grad and torch.is_grad_enabled()):
+            return self._torch_forward(x)
+        self._check_input(x)
+        batched, geometry = self._prepare(x)
+        u = self._apply_rule(batched, geometry)
+        return u.squeeze(0) if batched.dim() > x.dim() else u
+
+    def _torch_forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, super().forward(x))
+
+    @abc.abstractmethod
+    def _prepare(self, x: Tensor) -> tuple[Tensor, Geometry | None]:
+        """x batched and padded as the geometry expects it, differentiably; no geometry for linear."""
+
+    def _check_input(self, x: Tensor) -> None:
+        _check.floats(x=x, weight=self.weight)
+
+    def _plan(self, geometry: Geometry | None) -> Plan:
+        rule = self.rule
+        return Plan(
+            geometry,
+            rule.competition(self.units),
+            rule.decay,
+            needs_grad=rule.gate == "sign",
+            at_step=self.gate_at == "step",
+            sums_at=self.sums_at,
+        )
+
+    def _apply_rule(self, x: Tensor, geometry: Geometry | None) -> Tensor:
+        bias, device = self.bias, x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            # outside the function, so that the casts are differentiated as autocast's own are
+            dtype = torch.get_autocast_dtype(device)
+            x = x.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        elif x.dtype != self.weight.dtype:
+            raise TypeError(f"x must have the weight's dtype {self.weight.dtype} outside autocast, got {x.dtype}")
+        weight, A, moments = self._gated_weight()
+        return cast(Tensor, LayerFunction.apply(x, weight, bias, A, moments, self._plan(geometry))[0])
+
+    def _gated_weight(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight, and the two inputs of LayerFunction through which the sums travel."""
+        if self.gate_at == "step":
+            if self._attachment is None:
+                raise RuntimeError(
+                    "a layer with gate_at='step' is training without a StepGate: create StepGate(optimizer, model) "
+                    "before the first forward pass (copies and unpickled layers need one of their own), "
+                    "or use gate_at='backward'"
+                )
+            return self.weight, *self._attachment.leaves()
+        _warn_if_distributed()
+        rule, groups = self.rule, self.filter_groups
+        size = moments_size(self.units, groups, rule.decay)
+        return cast(
+            tuple[Tensor, Tensor, Tensor],
+            GateFunction.apply(self.weight, size, groups, rule.decay, rule.normalize, rule.gate),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a StepGate holds this very layer's weight; a copy must not send its sums there
+        return {key: value for key, value in self.__dict__.items() if key != "_attachment"}
+
+    def extra_repr(self) -> str:
+        """The torch layer's, then the rule and the options that are not the default."""
+        parts = [super().extra_repr(), f"rule={self.rule}"]
+        if self.gate_at != "backward":
+            parts.append(f"gate_at={self.gate_at!r}")
+        if self.sums_at != "forward":
+            parts.append(f"sums_at={self.sums_at!r}")
+        return ", ".join(parts)
+
+
+class GHLLinear(GHLLayer, nn.Linear):
+    """:class:`torch.nn.Linear` trained by a Hebbian rule: x (..., in_features) -> u (..., out_features).
+
+    Competition runs over the out_features units at each position; positions are all leading dimensions.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for torch.nn.Linear.
+        rule, gate_at, sums_at: see :class:`HebbianRule` and :class:`GHLLayer`.
+
+    Raises:
+        TypeError, ValueError: a rule or option that is not allowed; in training, an input that does not fit.
+    """
+
+    @property
+    def units(self) -> int:
+        """out_features."""
+        return self.out_features
+
+    def _prepare(self, x: Tensor) -> tuple[Tensor, None]:
+        return x, None
+
+    def _check_input(self, x: Tensor) -> None:
+        super()._check_input(x)
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must be (..., {self.in_features}), got shape {tuple(x.shape)}")
+
+
+class GHLConv(GHLLayer, nn.modules.conv._ConvNd):
+    """What the three convolutions share."""
+
+    @property
+    def units(self) -> int:
+        """out_channels; competition runs over all groups."""
+        return self.out_channels
+
+    @property
+    def filter_groups(self) -> int:
+        """groups."""
+        return self.groups
+
+    def _prepare(self, x: Tensor) -> tuple[Tensor, Geometry]:
+        dims = len(self.kernel_size)
+        if x.dim() == dims + 1:
+            x = x.unsqueeze(0)
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            return x, Geometry(self.kernel_size, self.stride, (0,) * dims, self.dilation, self.groups)
+        surplus, geometry = make_geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        return (x if surplus is None else F.pad(x, surplus)), geometry
+
+    def _check_input(self, x: Tensor) -> None:
+        super()._check_input(x)
+        dims = len(self.kernel_size)
+        if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
+            sizes = ", ".join("*" * dims)
+            raise ValueError(
+                f"x must be (batch, {self.in_channels}, {sizes}) or ({self.in_channels}, {sizes}), "
+                f"got shape {tuple(x.shape)}"
+            )
+
+
+class GHLConv1d(GHLConv, nn.Conv1d):
+    """:class:`torch.nn.Conv1d` trained by a Hebbian rule; see :class:`GHLConv2d`."""
+
+
+class GHLConv2d(GHLConv, nn.Conv2d):
+    """:class:`torch.nn.Conv2d` trained by a Hebbian rule: x (B, C, H, W) -> u (B, N, OH, OW).
+
+    Competition runs over the N = out_channels units at each output position, over all groups; the
+    sums are per group. Unbatched input, every padding and padding_mode, and any memory format work.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype: as for torch.nn.Conv2d.
+        rule, gate_at, sums_at: see :class:`HebbianRule` and :class:`GHLLayer`.
+
+    Raises:
+        TypeError, ValueError: a rule or option that is not allowed; in training, an input that does not fit.
+    """
+
+
+class GHLConv3d(GHLConv, nn.Conv3d):
+    """:class:`torch.nn.Conv3d` trained by a Hebbian rule; see :class:`GHLConv2d`."""
+
+
+def check_options(rule: object, gate_at: object, sums_at: object) -> None:
+    """TypeError or ValueError unless these are a rule and two known options."""
+    if not isinstance(rule, HebbianRule):
+        raise TypeError(f"rule must be a HebbianRule, got {rule!r}")
+    for name, value, choices in (("gate_at", gate_at, get_args(GateAt)), ("sums_at", sums_at, get_args(SumsAt))):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+_warned_distributed = False
+
+
+def _warn_if_distributed() -> None:
+    global _warned_distributed
+    if _warned_distributed or torch.compiler.is_compiling():
+        return
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        _warned_distributed = True
+        warnings.warn(
+            "gate_at='backward' gates each rank's gradient on its own, which is not the rule on the whole batch; "
+            "with several processes use gate_at='step' and a StepGate",
+            stacklevel=4,
+        )

@@ -1,0 +1,195 @@
+"""The learning rule: a validated, immutable description of one competitive Hebbian update."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from typing import Literal, NamedTuple, cast, get_args
+
+Activity = Literal["softmax", "linear", "relu", "binary"]
+Losers = Literal["silent", "anti"]
+Decay = Literal["oja", "instar", "none", "subspace", "sanger"]
+Normalize = Literal["layer", "filter", "mean", "none"]
+Gate = Literal["sign", "none"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "activity": get_args(Activity),
+    "losers": get_args(Losers),
+    "decay": get_args(Decay),
+    "normalize": get_args(Normalize),
+    "gate": get_args(Gate),
+}
+
+
+class Competition(NamedTuple):
+    """The part of a rule that maps the responses u of N units at one position to activities y.
+
+    ``winners`` is resolved for N units: 0 means that all of them compete.
+    """
+
+    activity: str
+    winners: int
+    temperature: float
+    anti: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class HebbianRule:
+    r"""A competitive Hebbian rule, gated by the sign of the task gradient.
+
+    With patches :math:`x_p`, responses :math:`u_p = W x_p + b` and positions p = 1..P of one layer:
+
+    .. math::
+        y_p &= c(u_p), \quad A = \sum_p y_p x_p^T, \quad H = A - R, \quad H \leftarrow H / (scale + 10^{-30}) \\
+        G &= \sum_p (\partial L / \partial u_p) x_p^T, \quad weight.grad = |H| \, sign(G)
+
+    Args:
+        activity: activity of a unit that may learn. ``"softmax"``: softmax of u / temperature over the
+            winners; ``"linear"``: u; ``"relu"``: max(u, 0); ``"binary"``: 1.
+        winners: ``None``: all units compete. An int k: the k largest u at a position keep their
+            activity (ties go to the lowest index), all others are 0. A fraction f in (0, 1): k =
+            max(1, ceil(f * N)); 1.0 is stored as ``None``.
+        temperature: of the softmax, > 0.
+        losers: ``"silent"``, or ``"anti"``: the activity of every unit but the single largest is negated.
+        decay: R. ``"oja"``: :math:`R_k = \langle W_k, A_k \rangle W_k`; ``"instar"``:
+            :math:`R_k = (\sum_p y_{pk}) W_k`; ``"none"``: 0; ``"subspace"``:
+            :math:`R = (\sum_p y_p y_p^T) W`; ``"sanger"``: its lower triangle, with the diagonal, times W.
+        normalize: scale. ``"layer"``: max |H| over the layer; ``"filter"``: over each row; ``"mean"``:
+            H / max(P, 1); ``"none"``: no scaling.
+        gate: ``"sign"`` as above, or ``"none"``: weight.grad = -H and G is not computed.
+
+    Raises:
+        TypeError: a field of the wrong type (``winners`` a bool, say).
+        ValueError: a value outside the above, NaN anywhere, or a combination that means nothing:
+            anti with one winner, binary without winners, a temperature other than 1 without softmax.
+
+    Source: Hua et al., "Hebbian Learning with Global Direction", ICASSP 2026 (arXiv 2601.21367).
+    """
+
+    activity: Activity = "softmax"
+    winners: int | float | None = None
+    temperature: float = 1.0
+    losers: Losers = "silent"
+    decay: Decay = "oja"
+    normalize: Normalize = "layer"
+    gate: Gate = "sign"
+
+    def __post_init__(self) -> None:
+        for field, allowed in _CHOICES.items():
+            value = getattr(self, field)
+            if not isinstance(value, str):
+                raise TypeError(f"{field} must be one of {allowed}, got {value!r}")
+            if value not in allowed:
+                raise ValueError(f"{field} must be one of {allowed}, got {value!r}")
+        object.__setattr__(self, "winners", _check_winners(self.winners))
+        object.__setattr__(self, "temperature", _check_temperature(self.temperature))
+        if self.losers == "anti" and self.winners == 1:
+            raise ValueError("losers='anti' with winners=1 leaves no loser to negate; use losers='silent'")
+        if self.activity == "binary" and self.winners is None:
+            raise ValueError("activity='binary' needs winners: without a competition every unit would be 1")
+        if self.temperature != 1.0 and self.activity != "softmax":
+            raise ValueError(
+                f"temperature={self.temperature} has no effect on activity={self.activity!r}; only softmax has one"
+            )
+
+    def winners_of(self, units: int) -> int:
+        """Number of winners among ``units`` units, 0 when all compete.
+
+        Raises:
+            ValueError: more winners than units, or "anti" where a fraction leaves a single winner.
+        """
+        if self.winners is None:
+            return 0
+        if isinstance(self.winners, int):
+            if self.winners > units:
+                raise ValueError(f"winners must be at most the number of units, got {self.winners} of {units}")
+            return self.winners
+        k = max(1, math.ceil(self.winners * units))
+        if self.losers == "anti" and k == 1:
+            raise ValueError(f"winners={self.winners} of {units} units is one winner, which losers='anti' excludes")
+        return k
+
+    def competition(self, units: int) -> Competition:
+        """The competition among ``units`` units."""
+        return Competition(self.activity, self.winners_of(units), self.temperature, self.losers == "anti")
+
+    def __str__(self) -> str:
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"HebbianRule({', '.join(changed)})"
+
+    @classmethod
+    def ghl(cls, temperature: float = 1.0) -> HebbianRule:
+        """Global-guided Hebbian learning: softmax competition, Oja decay, sign gate (arXiv 2601.21367).
+
+        The authors' ``t_invert`` is 1 / temperature.
+        """
+        return cls(temperature=temperature)
+
+    @classmethod
+    def kwta(cls, k: int | float) -> HebbianRule:
+        """GHL with k winners that keep their responses (k-winner-take-all), Oja decay, sign gate."""
+        return cls(activity="linear", winners=k)
+
+    @classmethod
+    def softhebb(cls, temperature: float = 1.0) -> HebbianRule:
+        """SoftHebb: softmax with anti-Hebbian losers, Oja decay, purely local.
+
+        Source: Journé et al., "Hebbian Deep Learning Without Feedback", ICLR 2023.
+        """
+        return cls(temperature=temperature, losers="anti", gate="none")
+
+    @classmethod
+    def hard_wta(cls) -> HebbianRule:
+        """Hard winner-take-all: the largest unit has activity 1; Oja decay, purely local."""
+        return cls(activity="binary", winners=1, gate="none")
+
+    @classmethod
+    def oja(cls) -> HebbianRule:
+        """Oja's rule averaged over positions, every unit on its own, purely local.
+
+        Source: Oja, "A simplified neuron model as a principal component analyzer", 1982.
+        """
+        return cls(activity="linear", normalize="mean", gate="none")
+
+    @classmethod
+    def instar(cls) -> HebbianRule:
+        """Soft competitive learning, sum_p y_pk (x_p - W_k) averaged over positions, purely local."""
+        return cls(decay="instar", normalize="mean", gate="none")
+
+    @classmethod
+    def hpca(cls) -> HebbianRule:
+        """Hebbian PCA: Sanger's rule on rectified responses, averaged over positions, purely local.
+
+        Source: Sanger, "Optimal unsupervised learning in a single-layer linear feedforward neural
+        network", 1989; the rectifier after Lagani et al., "FastHebb", 2022.
+        """
+        return cls(activity="relu", decay="sanger", normalize="mean", gate="none")
+
+
+def _check_winners(winners: object) -> int | float | None:
+    if winners is None:
+        return None
+    if isinstance(winners, bool) or not isinstance(winners, numbers.Real):
+        raise TypeError(f"winners must be None, an int >= 1 or a fraction in (0, 1], got {winners!r}")
+    if isinstance(winners, numbers.Integral):
+        if winners < 1:
+            raise ValueError(f"winners must be None, an int >= 1 or a fraction in (0, 1], got {winners!r}")
+        return int(winners)
+    fraction = float(winners)
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"winners must be None, an int >= 1 or a fraction in (0, 1], got {winners!r}")
+    return None if fraction == 1.0 else fraction
+
+
+def _check_temperature(temperature: object) -> float:
+    if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
+        raise TypeError(f"temperature must be a finite number > 0, got {temperature!r}")
+    value = float(cast(float, temperature))
+    if not (math.isfinite(value) and value > 0.0):
+        raise ValueError(f"temperature must be a finite number > 0, got {temperature!r}")
+    return value

@@ -1,0 +1,286 @@
+"""StepGate: the rule applied just before the optimizer's step, exact however the gradient came about.
+
+A and the moments are sums over the data, as G is; the gate |H| sign(G) is linear in neither. So
+under accumulation, several uses of a layer, GradScaler, clipping or DDP the gate must wait until
+all sums are complete. Here the sums travel as gradients: every layer gets two hidden leaves without
+storage, its autograd function returns A and the moments as their gradients, and autograd itself
+accumulates them whenever, and only when, it accumulates weight.grad.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ghl_kernels.backends.eager import moments_size, sum_dtype
+from ghl_kernels.nn import GHLLayer
+
+
+class Attachment:
+    """One layer's part in a StepGate: the leaves that receive its sums, and when those start afresh."""
+
+    def __init__(self, name: str, layer: GHLLayer) -> None:
+        self.name = name
+        self.layer = layer
+        self._A, self._moments = self._new_leaves()
+        weight = layer.weight
+        self._handles = [
+            weight.register_hook(self._begin_pass),
+            weight.register_post_accumulate_grad_hook(self._end_pass),
+        ]
+        self._pass: int | None = None
+        self._gradient: tuple[weakref.ref[Tensor], int] | None = None  # weight.grad as the last pass left it
+        self._weight_version: int | None = None
+        self._plain: Tensor | None = None  # weight.grad while the optimizer sees the gated one
+        layer._attachment = self
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        """Where the sums go in the next backward pass."""
+        weight = self.layer.weight
+        if self._A.device != weight.device or self._A.dtype != sum_dtype(weight.dtype):
+            self._A, self._moments = self._new_leaves()
+        elif weight.grad is None and not torch.compiler.is_compiling():
+            self._drop()  # now rather than in backward: a copy of the weights less at the peak
+        return self._A, self._moments
+
+    def sums(self) -> list[Tensor] | None:
+        """The accumulated [A, moments] that belong to weight.grad, or None where there is no gradient.
+
+        Raises:
+            RuntimeError: a gradient without sums, or a weight that changed since they were made.
+        """
+        weight = self.layer.weight
+        if weight.grad is None:
+            self._drop()
+            return None
+        if self._A.grad is None or self._moments.grad is None:
+            raise RuntimeError(
+                f"weight.grad of {self.name!r} has no Hebbian sums: it was not made by a backward pass through "
+                "this layer in training mode, and the optimizer must not step on it"
+            )
+        if self._weight_version != weight._version:
+            raise RuntimeError(
+                f"the weight of {self.name!r} was changed between backward and the optimizer's step; "
+                "its sums belong to the old weight. Zero the gradients after changing a weight"
+            )
+        return [self._A.grad, self._moments.grad]
+
+    def empty_sums(self) -> list[Tensor]:
+        """Zeros of the shapes of the sums: this process's share when it had no gradient."""
+        return [torch.zeros_like(leaf, memory_format=torch.contiguous_format) for leaf in (self._A, self._moments)]
+
+    def gate(self, A: Tensor, moments: Tensor, scale: Tensor | None) -> None:
+        """Let weight.grad be the gated gradient, until :meth:`restore`."""
+        layer, rule, weight = self.layer, self.layer.rule, self.layer.weight
+        plain = weight.grad
+        assert plain is not None
+        arguments = (A, moments, weight.detach(), layer.filter_groups, rule.decay, rule.normalize)
+        if rule.gate == "none":
+            gated = torch.ops.ghl.delta(*arguments).neg_().to(plain.dtype)
+        else:
+            gated = plain.clone()
+            torch.ops.ghl.gate_(gated, *arguments)
+        if scale is not None:
+            gated.mul_(scale)  # fused optimizers divide by it
+        self._plain, weight.grad = plain, gated
+
+    def restore(self) -> None:
+        """Put the plain gradient back, so that accumulation without zeroing goes on from it."""
+        if self._plain is not None:
+            self.layer.weight.grad, self._plain = self._plain, None
+            self._weight_version = self.layer.weight._version
+
+    def detach(self) -> None:
+        """Undo the attachment."""
+        self.restore()
+        for handle in self._handles + self._leaf_handles:
+            handle.remove()
+        self.layer._attachment = None
+
+    def _new_leaves(self) -> tuple[Tensor, Tensor]:
+        layer = self.layer
+        zero = torch.zeros((), dtype=sum_dtype(layer.weight.dtype), device=layer.weight.device)
+        A = zero.expand(layer.weight.shape).requires_grad_()
+        moments = zero.expand(moments_size(layer.units, layer.filter_groups, layer.rule.decay)).requires_grad_()
+        self._leaf_handles = [leaf.register_hook(self._begin_pass) for leaf in (A, moments)]
+        return A, moments
+
+    def _drop(self) -> None:
+        self._A.grad = self._moments.grad = None
+
+    @torch.no_grad()
+    def _begin_pass(self, _: Tensor) -> None:
+        """Before a backward pass adds to weight.grad or the sums: start afresh where weight.grad does."""
+        current = torch._C._current_graph_task_id()
+        if current == self._pass:
+            return
+        self._pass = current
+        self.restore()
+        weight = self.layer.weight
+        grad = weight.grad
+        if grad is None:
+            self._drop()
+            self._weight_version = weight._version
+        elif self._A.grad is not None and not self._is_as_left(grad):
+            # scaled, clipped, reduced, or zeroed in place: told apart on the device, without a synchronisation
+            alive = (grad != 0).any()
+            for leaf in (self._A, self._moments):
+                leaf.grad = None if leaf.grad is None else torch.where(alive, leaf.grad, 0.0)
+            self._weight_version = weight._version
+
+    def _end_pass(self, weight: Tensor) -> None:
+        assert weight.grad is not None
+        self._gradient = (weakref.ref(weight.grad), weight.grad._version)
+
+    def _is_as_left(self, grad: Tensor) -> bool:
+        return self._gradient is not None and self._gradient[0]() is grad and self._gradient[1] == grad._version
+
+
+class StepGate:
+    """Turns accumulated gradients and Hebbian sums into gated gradients just before the optimizer's step.
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        gate = ghl.StepGate(optimizer, model)  # once; then train as ever
+
+    It acts on the layers with ``gate_at="step"`` whose weights the optimizer holds. weight.grad is the
+    plain gradient G outside the step and the gated one |H| sign(G) (rule without gate: -H) inside it.
+    Accumulation over passes, layers used twice, GradScaler, clipping, closures and DDP give the rule
+    on all the data since the gradient was last zeroed.
+
+    Args:
+        optimizer: any torch optimizer but LBFGS, whose line search asks for gradients of one function.
+        model: the model, or its DistributedDataParallel wrapper, whose process group is then used.
+        process_group: over which the sums are added up; needed with several processes without DDP.
+
+    Raises:
+        TypeError: not an optimizer or a module.
+        ValueError: LBFGS, an optimizer that holds none of the layers' weights, layers that another
+            StepGate holds, or several processes without a process group.
+
+    At the step, RuntimeError for a weight.grad without sums, or a weight that was changed between
+    backward and step: an optimizer never steps on a plain gradient unnoticed.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, process_group: Any = None) -> None:
+        layers = _layers_held(optimizer, model)
+        self._group = _process_group(model, process_group)
+        self._optimizer = optimizer
+        self._attachments = [Attachment(name, layer) for name, layer in layers]
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def remove(self) -> None:
+        """Detach from the optimizer and the layers, which can then be attached again."""
+        for hook in self._hooks:
+            hook.remove()
+        for attachment in self._attachments:
+            attachment.detach()
+        self._hooks, self._attachments = [], []
+
+    def __repr__(self) -> str:
+        names = ", ".join(attachment.name for attachment in self._attachments)
+        return f"StepGate({type(self._optimizer).__name__}, layers: {names or 'none'})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a StepGate belongs to one optimizer and model and cannot be copied; make a new one")
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._gate()
+            return None
+
+        def gated_closure() -> Any:
+            self._restore()
+            with torch.enable_grad():
+                loss = closure()
+            self._gate()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": gated_closure}
+        return (args[0], gated_closure, *args[2:]), kwargs
+
+    def _after_step(self, *_: Any) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for attachment in self._attachments:
+            attachment.restore()
+
+    @torch.no_grad()
+    def _gate(self) -> None:
+        self._restore()
+        scale = getattr(self._optimizer, "grad_scale", None)
+        local = [attachment.sums() for attachment in self._attachments]  # all checked before any is gated
+        for attachment, sums in zip(self._attachments, self._reduced(local), strict=True):
+            if sums is not None:
+                attachment.gate(*sums, scale)
+
+    def _reduced(self, local: list[list[Tensor] | None]) -> list[list[Tensor] | None]:
+        """The sums over all processes: one flat all-reduce per dtype, copies, so that local sums stay local."""
+        if self._group is None:
+            return local
+        filled = [s or a.empty_sums() for s, a in zip(local, self._attachments, strict=True)]
+        reduced: list[list[Tensor] | None] = [None] * len(local)
+        for dtype in sorted({sums[0].dtype for sums in filled}, key=str):
+            members = [i for i, sums in enumerate(filled) if sums[0].dtype == dtype]
+            flat = torch.cat([t.flatten() for i in members for t in filled[i]])
+            torch.distributed.all_reduce(flat, group=self._group)
+            parts = iter(flat.split([t.numel() for i in members for t in filled[i]]))
+            for i in members:
+                total = [next(parts).view(t.shape) for t in filled[i]]
+                reduced[i] = None if local[i] is None else total
+        return reduced
+
+
+def _layers_held(optimizer: Optimizer, model: nn.Module) -> list[tuple[str, GHLLayer]]:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "StepGate cannot serve LBFGS: its line search needs the gradient of a function, which a gated one is not"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    layers = [(name, layer) for name, layer in _step_layers(model) if id(layer.weight) in held]
+    if not layers:
+        count = len(list(_step_layers(model)))
+        raise ValueError(f"the optimizer holds the weight of none of the model's {count} layers with gate_at='step'")
+    for name, layer in layers:
+        if layer._attachment is not None:
+            raise ValueError(f"{name!r} is attached to a StepGate already; call its remove() first")
+    return layers
+
+
+def _step_layers(model: nn.Module) -> Iterator[tuple[str, GHLLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, GHLLayer) and module.gate_at == "step":
+            yield name, module
+
+
+def _process_group(model: nn.Module, given: Any) -> Any:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return given
+    if given is not None:
+        return given
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return module.process_group
+    if distributed.get_world_size() > 1:
+        raise ValueError(
+            f"{distributed.get_world_size()} processes and no DistributedDataParallel model: "
+            "give the process_group over which gradients are reduced"
+        )
+    return None
+
+
