@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from ghl_kernels import _dispatch
 from ghl_kernels._geometry import Geometry
@@ -43,7 +43,9 @@ class Plan(NamedTuple):
         groups = self.geometry.groups if self.geometry else 1
         dims = len(self.geometry.kernel_size) if self.geometry else 0
         k = self.competition.winners
-        if self.decay in ("oja", "none", "instar") and _dispatch.prefers_sparse(device.type, units, k, groups, dims):
+        if self.decay in ("oja", "none", "instar") and _dispatch.prefers_sparse(
+            device.type, units, k, groups, dims
+        ):
             return "winners"
         return "sums" if self.sums_at == "forward" else "u"
 
@@ -93,7 +95,7 @@ class LayerFunction(torch.autograd.Function):
         return u, *kept
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         x, weight, bias, _, _, plan = inputs
         u, *kept = output
         ctx.plan = plan
@@ -114,7 +116,7 @@ class LayerFunction(torch.autograd.Function):
         if keeps == "sums":
             A, moments = kept
         elif keeps == "winners":
-            A, moments = winner_sums(x, *kept, units, plan)
+            A, moments = winner_sums(x, kept[0], kept[1], units, plan)
         else:
             A, moments = sums(x, kept[0], plan)
         grad_x, grad_weight, grad_bias = _layer_backward(ctx, grad_u, x, weight.to(x.dtype), plan)
@@ -171,7 +173,7 @@ class GateFunction(torch.autograd.Function):
         return weight.view_as(weight), zero.expand(weight.shape), zero.expand(moments_size)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         weight, _, *ctx.rule = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)

@@ -60,7 +60,9 @@ def writable(name: str, tensor: Tensor) -> None:
 def dimension(u: Tensor, dim: int) -> int:
     """``dim`` of u counted from the front, ValueError when there is none."""
     if not -u.dim() <= dim < u.dim():
-        raise ValueError(f"dim must be in [{-u.dim()}, {u.dim() - 1}] for u of shape {tuple(u.shape)}, got {dim}")
+        raise ValueError(
+            f"dim must be in [{-u.dim()}, {u.dim() - 1}] for u of shape {tuple(u.shape)}, got {dim}"
+        )
     return dim % u.dim()
 
 
@@ -84,7 +86,9 @@ def conv(x: Tensor, u: Tensor, geometry: Geometry) -> None:
     conv_input(x, geometry)
     out = geometry.out_size(x.shape[2:])
     if u.dim() != x.dim() or u.shape[0] != x.shape[0] or tuple(u.shape[2:]) != out:
-        raise ValueError(f"u must have shape ({x.shape[0]}, units, {str(list(out))[1:-1]}), got {tuple(u.shape)}")
+        raise ValueError(
+            f"u must have shape ({x.shape[0]}, units, {str(list(out))[1:-1]}), got {tuple(u.shape)}"
+        )
     if u.shape[1] % geometry.groups:
         raise ValueError(f"the units of u must divide by groups={geometry.groups}, got {u.shape[1]}")
 
@@ -95,8 +99,12 @@ def conv_input(x: Tensor, geometry: Geometry) -> None:
     if not len(geometry.stride) == len(geometry.padding) == len(geometry.dilation) == dims:
         raise ValueError(f"kernel_size, stride, padding and dilation must have one length, got {geometry}")
     if x.dim() != dims + 2:
-        raise ValueError(f"x must be (batch, channels, {dims} spatial dimensions), got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x must be (batch, channels, {dims} spatial dimensions), got shape {tuple(x.shape)}"
+        )
     if x.shape[1] % geometry.groups:
         raise ValueError(f"the channels of x must divide by groups={geometry.groups}, got {x.shape[1]}")
     if any(size < 1 for size in geometry.out_size(x.shape[2:])):
-        raise ValueError(f"the kernel {geometry.kernel_size} does not fit into x of shape {tuple(x.shape)}: {geometry}")
+        raise ValueError(
+            f"the kernel {geometry.kernel_size} does not fit into x of shape {tuple(x.shape)}: {geometry}"
+        )

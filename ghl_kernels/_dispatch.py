@@ -35,11 +35,13 @@ class BackendStatus(NamedTuple):
 
 class _Choice:
     name = os.environ.get("GHL_BACKEND", "auto")
-    logged: set[str] = set()
+
+
+_logged: set[str] = set()
 
 
 def prefers_sparse(device_type: str, units: int, winners: int, groups: int, kernel_dims: int) -> bool:
-    """Whether A is to be summed from the winners alone (cost ~ winners) or by the dense product (cost ~ units).
+    """Whether A is to be summed from the winners alone (cost ~ winners), not by the dense product (~ units).
 
     A pure function of the shapes that do not change from batch to batch, so that a compiled model
     needs no guard on it. ``winners`` is 0 when all units compete; ``kernel_dims`` is 0 for linear.
@@ -55,7 +57,7 @@ def backends() -> list[BackendStatus]:
     return [BackendStatus(name, *_load(name).status()) for name in _MODULES]
 
 
-class use_backend:
+class use_backend:  # noqa: N801  reads as a function, and is one until it is entered
     """Choose the backend of every operation: ``"auto"``, ``"cpu"`` or ``"eager"``.
 
     A call takes effect at once; as a context manager it is undone on leaving. The choice is the
@@ -119,6 +121,6 @@ def _load(name: str) -> ModuleType:
 
 
 def _log_once(message: str) -> None:
-    if message not in _Choice.logged:
-        _Choice.logged.add(message)
+    if message not in _logged:
+        _logged.add(message)
         logger.info(message)

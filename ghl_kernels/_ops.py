@@ -71,7 +71,10 @@ def _(u: Tensor, dim: int, activity: str, winners: int, temperature: float, anti
     return torch.empty_like(u)
 
 
-@_op(f"competition_state(Tensor u, int dim, {_COMPETITION}) -> (Tensor threshold, Tensor cut, Tensor logsumexp)")
+@_op(
+    f"competition_state(Tensor u, int dim, {_COMPETITION})"
+    " -> (Tensor threshold, Tensor cut, Tensor logsumexp)"
+)
 def _competition_state(
     u: Tensor, dim: int, activity: str, winners: int, temperature: float, anti: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +103,9 @@ def _winners(
 
 
 @_fake("winners")
-def _(u: Tensor, dim: int, activity: str, winners: int, temperature: float, anti: bool) -> tuple[Tensor, Tensor]:
+def _(
+    u: Tensor, dim: int, activity: str, winners: int, temperature: float, anti: bool
+) -> tuple[Tensor, Tensor]:
     _guard_winner_lists(u, dim, winners)
     shape = (u.numel() // max(u.shape[dim], 1), winners)
     return u.new_empty(shape, dtype=torch.int32), u.new_empty(shape, dtype=sum_dtype(u.dtype))
@@ -170,7 +175,9 @@ def _(
     "linear_winner_sums(Tensor x, Tensor unit, Tensor activity, SymInt units, str decay)"
     " -> (Tensor A, Tensor moments)"
 )
-def _linear_winner_sums(x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str) -> tuple[Tensor, Tensor]:
+def _linear_winner_sums(
+    x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str
+) -> tuple[Tensor, Tensor]:
     _guard_lists(x, unit, activity, x.numel() // max(x.shape[-1], 1))
     return _dispatch.select(x.device, x.dtype).linear_winner_sums(x, unit, activity, units, decay)
 
@@ -267,9 +274,7 @@ def _learn_(
 
 
 @_fake("learn_")
-def _(
-    weight: Tensor, A: Tensor, moments: Tensor, lr: float, groups: int, decay: str, normalize: str
-) -> None:
+def _(weight: Tensor, A: Tensor, moments: Tensor, lr: float, groups: int, decay: str, normalize: str) -> None:
     _check.shape("A", A, weight.shape)
 
 
@@ -277,7 +282,11 @@ def _(
 
 
 def _geometry(
-    kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> Geometry:
     return Geometry(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
 
@@ -310,11 +319,14 @@ def _guard_conv(x: Tensor, u: Tensor, geometry: Geometry, winners: int) -> None:
 def _guard_lists(x: Tensor, unit: Tensor, activity: Tensor, positions: int) -> None:
     _check.floats(x=x, activity=activity)
     if unit.dtype != torch.int32 or activity.dtype != sum_dtype(x.dtype):
-        raise TypeError(f"winners must be int32 units and {sum_dtype(x.dtype)} activities, "
-                        f"got {unit.dtype} and {activity.dtype}")
+        raise TypeError(
+            f"winners must be int32 units and {sum_dtype(x.dtype)} activities, "
+            f"got {unit.dtype} and {activity.dtype}"
+        )
     if unit.shape != activity.shape or unit.dim() != 2 or unit.shape[0] != positions:
-        raise ValueError(f"winners must be two ({positions}, k) tensors, got {tuple(unit.shape)}, "
-                         f"{tuple(activity.shape)}")
+        raise ValueError(
+            f"winners must be two ({positions}, k) tensors, got {tuple(unit.shape)}, {tuple(activity.shape)}"
+        )
 
 
 def _guard_sums(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str) -> None:
@@ -322,8 +334,10 @@ def _guard_sums(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: 
     _check.shape("A", A, weight.shape)
     _check.shape("moments", moments, (moments_size(weight.shape[0], groups, decay),))
     if A.dtype != moments.dtype or A.dtype != sum_dtype(weight.dtype):
-        raise TypeError(f"A and the moments must be {sum_dtype(weight.dtype)} for a {weight.dtype} weight, "
-                        f"got {A.dtype} and {moments.dtype}")
+        raise TypeError(
+            f"A and the moments must be {sum_dtype(weight.dtype)} for a {weight.dtype} weight, "
+            f"got {A.dtype} and {moments.dtype}"
+        )
 
 
 def _empty_sums(x: Tensor, shape: Sequence[int], groups: int, decay: str) -> tuple[Tensor, Tensor]:

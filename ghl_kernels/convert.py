@@ -145,8 +145,8 @@ def _check_shared(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None
         sharing = owners.get(id(module._parameters.get("weight")), [])
         if len(sharing) > 1:
             raise ValueError(
-                f"cannot convert {name!r}: its weight is shared ({', '.join(sharing)}), and a sum of gated gradients "
-                "is not the rule; untie the weights or exclude these modules"
+                f"cannot convert {name!r}: its weight is shared ({', '.join(sharing)}), and a sum of gated "
+                "gradients is not the rule; untie the weights or exclude these modules"
             )
 
 
@@ -155,14 +155,18 @@ def _check_convertible(name: str, module: nn.Module, rule: HebbianRule) -> None:
         return ValueError(f"cannot convert {name!r}: {what}; {remedy}, or exclude it")
 
     weight = module._parameters.get("weight")
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) or nn.parameter.is_lazy(weight):
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) or isinstance(
+        weight, nn.parameter.UninitializedParameter
+    ):
         raise refuse("it is lazy and has no weight yet", "run one forward pass before converting")
     if parametrize.is_parametrized(module, "weight"):
         remedy = "remove it with torch.nn.utils.parametrize.remove_parametrizations first"
         raise refuse("its weight is parametrized (weight_norm, spectral_norm or the like)", remedy)
     if weight is None:
         remedy = "remove it (remove_weight_norm, remove_spectral_norm, torch.nn.utils.prune.remove) first"
-        raise refuse("its weight is no parameter but computed by weight_norm, spectral_norm or pruning", remedy)
+        raise refuse(
+            "its weight is no parameter but computed by weight_norm, spectral_norm or pruning", remedy
+        )
     if _is_sharded(module):
         raise refuse("its weight is sharded (a DTensor)", "convert before fully_shard")
     if not weight.is_leaf:
@@ -183,7 +187,9 @@ def _report(
 ) -> None:
     converted = [name for name, _ in chosen]
     kept = [name for name, m in candidates if name not in converted]
-    logger.info("converted %d layers (%s), kept %s", len(converted), ", ".join(converted), ", ".join(kept) or "none")
+    logger.info(
+        "converted %d layers (%s), kept %s", len(converted), ", ".join(converted), ", ".join(kept) or "none"
+    )
     if not chosen:
         warnings.warn("convert found no layer to convert", stacklevel=3)
         return

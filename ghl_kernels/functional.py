@@ -71,7 +71,7 @@ def linear_delta(x: Tensor, u: Tensor, weight: Tensor, rule: HebbianRule) -> Ten
 
 @torch.no_grad()
 def linear_weight_grad(x: Tensor, u: Tensor, grad_u: Tensor, weight: Tensor, rule: HebbianRule) -> Tensor:
-    """Gated weight gradient |H| * sign(G) (N, D) of a linear layer, grad_u = dL/du (..., N); -H without a gate.
+    """Gated weight gradient |H| * sign(G) (N, D) of a linear layer; -H without a gate; grad_u = dL/du.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit.
@@ -167,7 +167,9 @@ def _conv_inputs(
     _check.floats(x=x, u=u, weight=weight)
     _check.same_dtype(x=x, u=u)
     if not 3 <= weight.dim() <= 5:
-        raise ValueError(f"weight must be (units, channels / groups, 1 to 3 kernel sizes), got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must be (units, channels / groups, 1 to 3 kernel sizes), got {tuple(weight.shape)}"
+        )
     surplus, geometry = make_geometry(tuple(weight.shape[2:]), stride, padding, dilation, groups)
     if x.dim() == weight.dim() - 1:
         x, u = x.unsqueeze(0), u.unsqueeze(0)

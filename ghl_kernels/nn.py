@@ -40,8 +40,8 @@ class GHLLayer(nn.Module, abc.ABC):
             place. ``"backward"``: from u, which is kept. Rules with few winners keep those instead.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Any
     rule: HebbianRule
     gate_at: GateAt
     sums_at: SumsAt
@@ -91,7 +91,7 @@ class GHLLayer(nn.Module, abc.ABC):
             u, the layer's output from before the update; it requires no gradient.
 
         Raises:
-            TypeError, ValueError: an input that the layer does not take, or a learning rate that is not finite.
+            TypeError, ValueError: an input that the layer does not take, or an lr that is not finite.
         """
         if not math.isfinite(lr):
             raise ValueError(f"lr must be finite, got {lr!r}")
@@ -141,18 +141,21 @@ class GHLLayer(nn.Module, abc.ABC):
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         elif x.dtype != self.weight.dtype:
-            raise TypeError(f"x must have the weight's dtype {self.weight.dtype} outside autocast, got {x.dtype}")
+            raise TypeError(
+                f"x must have the weight's dtype {self.weight.dtype} outside autocast, got {x.dtype}"
+            )
         weight, A, moments = self._gated_weight()
-        return cast(Tensor, LayerFunction.apply(x, weight, bias, A, moments, self._plan(geometry))[0])
+        u, *_ = LayerFunction.apply(x, weight, bias, A, moments, self._plan(geometry))
+        return cast(Tensor, u)
 
     def _gated_weight(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight, and the two inputs of LayerFunction through which the sums travel."""
         if self.gate_at == "step":
             if self._attachment is None:
                 raise RuntimeError(
-                    "a layer with gate_at='step' is training without a StepGate: create StepGate(optimizer, model) "
-                    "before the first forward pass (copies and unpickled layers need one of their own), "
-                    "or use gate_at='backward'"
+                    "a layer with gate_at='step' is training without a StepGate: create "
+                    "StepGate(optimizer, model) before the first forward pass (copies and unpickled layers "
+                    "need one of their own), or use gate_at='backward'"
                 )
             return self.weight, *self._attachment.leaves()
         _warn_if_distributed()
@@ -224,7 +227,9 @@ class GHLConv(GHLLayer, nn.modules.conv._ConvNd):
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             return x, Geometry(self.kernel_size, self.stride, (0,) * dims, self.dilation, self.groups)
-        surplus, geometry = make_geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        surplus, geometry = make_geometry(
+            self.kernel_size, self.stride, self.padding, self.dilation, self.groups
+        )
         return (x if surplus is None else F.pad(x, surplus)), geometry
 
     def _check_input(self, x: Tensor) -> None:
@@ -266,7 +271,10 @@ def check_options(rule: object, gate_at: object, sums_at: object) -> None:
     """TypeError or ValueError unless these are a rule and two known options."""
     if not isinstance(rule, HebbianRule):
         raise TypeError(f"rule must be a HebbianRule, got {rule!r}")
-    for name, value, choices in (("gate_at", gate_at, get_args(GateAt)), ("sums_at", sums_at, get_args(SumsAt))):
+    for name, value, choices in (
+        ("gate_at", gate_at, get_args(GateAt)),
+        ("sums_at", sums_at, get_args(SumsAt)),
+    ):
         if value not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
@@ -282,7 +290,7 @@ def _warn_if_distributed() -> None:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         _warned_distributed = True
         warnings.warn(
-            "gate_at='backward' gates each rank's gradient on its own, which is not the rule on the whole batch; "
-            "with several processes use gate_at='step' and a StepGate",
+            "gate_at='backward' gates each rank's gradient on its own, which is not the rule on the whole "
+            "batch; with several processes use gate_at='step' and a StepGate",
             stacklevel=4,
         )

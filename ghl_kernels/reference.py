@@ -124,7 +124,9 @@ def _patches(
 
     pad = [side for size in reversed(per_dim(padding)) for side in (size, size)]
     x = F.pad(x, pad)
-    for i, (size, step, spread) in enumerate(zip(kernel_size, per_dim(stride), per_dim(dilation), strict=True)):
+    for i, (size, step, spread) in enumerate(
+        zip(kernel_size, per_dim(stride), per_dim(dilation), strict=True)
+    ):
         x = x.unfold(2 + i, spread * (size - 1) + 1, step)[..., ::spread]
     batch, channels, *rest = x.shape
     x = x.reshape(batch, groups, channels // groups, *rest)

@@ -41,7 +41,8 @@ class HebbianRule:
     With patches :math:`x_p`, responses :math:`u_p = W x_p + b` and positions p = 1..P of one layer:
 
     .. math::
-        y_p &= c(u_p), \quad A = \sum_p y_p x_p^T, \quad H = A - R, \quad H \leftarrow H / (scale + 10^{-30}) \\
+        y_p &= c(u_p), \quad A = \sum_p y_p x_p^T, \quad H = A - R, \quad
+            H \leftarrow H / (scale + 10^{-30}) \\
         G &= \sum_p (\partial L / \partial u_p) x_p^T, \quad weight.grad = |H| \, sign(G)
 
     Args:
@@ -90,7 +91,8 @@ class HebbianRule:
             raise ValueError("activity='binary' needs winners: without a competition every unit would be 1")
         if self.temperature != 1.0 and self.activity != "softmax":
             raise ValueError(
-                f"temperature={self.temperature} has no effect on activity={self.activity!r}; only softmax has one"
+                f"temperature={self.temperature} has no effect on activity={self.activity!r}; "
+                "only softmax has one"
             )
 
     def winners_of(self, units: int) -> int:
@@ -103,11 +105,15 @@ class HebbianRule:
             return 0
         if isinstance(self.winners, int):
             if self.winners > units:
-                raise ValueError(f"winners must be at most the number of units, got {self.winners} of {units}")
+                raise ValueError(
+                    f"winners must be at most the number of units, got {self.winners} of {units}"
+                )
             return self.winners
         k = max(1, math.ceil(self.winners * units))
         if self.losers == "anti" and k == 1:
-            raise ValueError(f"winners={self.winners} of {units} units is one winner, which losers='anti' excludes")
+            raise ValueError(
+                f"winners={self.winners} of {units} units is one winner, which losers='anti' excludes"
+            )
         return k
 
     def competition(self, units: int) -> Competition:

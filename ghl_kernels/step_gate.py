@@ -10,7 +10,7 @@ accumulates them whenever, and only when, it accumulates weight.grad.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,8 +60,8 @@ class Attachment:
             return None
         if self._A.grad is None or self._moments.grad is None:
             raise RuntimeError(
-                f"weight.grad of {self.name!r} has no Hebbian sums: it was not made by a backward pass through "
-                "this layer in training mode, and the optimizer must not step on it"
+                f"weight.grad of {self.name!r} has no Hebbian sums: it was not made by a backward pass "
+                "through this layer in training mode, and the optimizer must not step on it"
             )
         if self._weight_version != weight._version:
             raise RuntimeError(
@@ -72,7 +72,9 @@ class Attachment:
 
     def empty_sums(self) -> list[Tensor]:
         """Zeros of the shapes of the sums: this process's share when it had no gradient."""
-        return [torch.zeros_like(leaf, memory_format=torch.contiguous_format) for leaf in (self._A, self._moments)]
+        return [
+            torch.zeros_like(leaf, memory_format=torch.contiguous_format) for leaf in (self._A, self._moments)
+        ]
 
     def gate(self, A: Tensor, moments: Tensor, scale: Tensor | None) -> None:
         """Let weight.grad be the gated gradient, until :meth:`restore`."""
@@ -106,7 +108,9 @@ class Attachment:
         layer = self.layer
         zero = torch.zeros((), dtype=sum_dtype(layer.weight.dtype), device=layer.weight.device)
         A = zero.expand(layer.weight.shape).requires_grad_()
-        moments = zero.expand(moments_size(layer.units, layer.filter_groups, layer.rule.decay)).requires_grad_()
+        moments = zero.expand(
+            moments_size(layer.units, layer.filter_groups, layer.rule.decay)
+        ).requires_grad_()
         self._leaf_handles = [leaf.register_hook(self._begin_pass) for leaf in (A, moments)]
         return A, moments
 
@@ -127,7 +131,7 @@ class Attachment:
             self._drop()
             self._weight_version = weight._version
         elif self._A.grad is not None and not self._is_as_left(grad):
-            # scaled, clipped, reduced, or zeroed in place: told apart on the device, without a synchronisation
+            # scaled, clipped, reduced, or zeroed in place: told apart without a synchronization
             alive = (grad != 0).any()
             for leaf in (self._A, self._moments):
                 leaf.grad = None if leaf.grad is None else torch.where(alive, leaf.grad, 0.0)
@@ -138,7 +142,9 @@ class Attachment:
         self._gradient = (weakref.ref(weight.grad), weight.grad._version)
 
     def _is_as_left(self, grad: Tensor) -> bool:
-        return self._gradient is not None and self._gradient[0]() is grad and self._gradient[1] == grad._version
+        return (
+            self._gradient is not None and self._gradient[0]() is grad and self._gradient[1] == grad._version
+        )
 
 
 class StepGate:
@@ -222,10 +228,10 @@ class StepGate:
         local = [attachment.sums() for attachment in self._attachments]  # all checked before any is gated
         for attachment, sums in zip(self._attachments, self._reduced(local), strict=True):
             if sums is not None:
-                attachment.gate(*sums, scale)
+                attachment.gate(sums[0], sums[1], scale)
 
     def _reduced(self, local: list[list[Tensor] | None]) -> list[list[Tensor] | None]:
-        """The sums over all processes: one flat all-reduce per dtype, copies, so that local sums stay local."""
+        """The sums over all processes, by one flat all-reduce per dtype; copies, so local sums stay local."""
         if self._group is None:
             return local
         filled = [s or a.empty_sums() for s, a in zip(local, self._attachments, strict=True)]
@@ -248,13 +254,16 @@ def _layers_held(optimizer: Optimizer, model: nn.Module) -> list[tuple[str, GHLL
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
-            "StepGate cannot serve LBFGS: its line search needs the gradient of a function, which a gated one is not"
+            "StepGate cannot serve LBFGS: its line search needs the gradient of a function, "
+            "which a gated gradient is not"
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     layers = [(name, layer) for name, layer in _step_layers(model) if id(layer.weight) in held]
     if not layers:
         count = len(list(_step_layers(model)))
-        raise ValueError(f"the optimizer holds the weight of none of the model's {count} layers with gate_at='step'")
+        raise ValueError(
+            f"the optimizer holds the weight of none of the model's {count} layers with gate_at='step'"
+        )
     for name, layer in layers:
         if layer._attachment is not None:
             raise ValueError(f"{name!r} is attached to a StepGate already; call its remove() first")
@@ -282,5 +291,3 @@ def _process_group(model: nn.Module, given: Any) -> Any:
             "give the process_group over which gradients are reduced"
         )
     return None
-
-

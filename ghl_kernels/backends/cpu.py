@@ -6,6 +6,9 @@ else runs in csrc/cpu. Tensors that a kernel reads are bound to names until it r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,7 +44,7 @@ def compete(u: Tensor, dim: int, competition: Competition) -> Tensor:
 
 
 def competition_state(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tensor, Tensor]:
-    """Per position: the k-th largest u, the last unit that wins a tie at it, and logsumexp over the winners."""
+    """Per position: the k-th largest u, the last unit that wins a tie at it, logsumexp over the winners."""
     shape = [size for i, size in enumerate(u.shape) if i != dim]
     threshold, logsumexp = u.new_empty(shape, dtype=torch.float32), u.new_empty(shape, dtype=torch.float32)
     cut = u.new_empty(shape, dtype=torch.int32)
@@ -53,7 +56,7 @@ def competition_state(u: Tensor, dim: int, competition: Competition) -> tuple[Te
 
 
 def winners(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tensor]:
-    """Winning units, int32 ascending, and their activities, both (P, k); unit -1 first where u holds a NaN."""
+    """Winning units (int32, ascending) and their activities, (P, k); the first unit is -1 where u is NaN."""
     positions = u.numel() // max(u.shape[dim], 1)
     unit = u.new_empty((positions, competition.winners), dtype=torch.int32)
     activity = u.new_empty(unit.shape, dtype=torch.float32)
@@ -74,7 +77,9 @@ def conv_sums(
     return eager.conv_sums(x, u, geometry, competition, decay, _float_activities)
 
 
-def linear_winner_sums(x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str) -> tuple[Tensor, Tensor]:
+def linear_winner_sums(
+    x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str
+) -> tuple[Tensor, Tensor]:
     """As linear_sums, from the winners' lists (P, k), at a cost of k / N of the dense product."""
     if decay not in _DECAY:
         return eager.linear_winner_sums(x, unit, activity, units, decay)
@@ -97,9 +102,10 @@ def gate_(
     grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
 ) -> None:
     """grad <- |H| * sign(grad) + (grad - grad), in place in two passes over the weights."""
-    if grad.dtype not in _DTYPE:
-        return eager.gate_(grad, A, moments, weight, groups, decay, normalize)
-    _epilogue(_GATE, grad, A, moments, weight, groups, decay, normalize)
+    if grad.dtype in _DTYPE:
+        _epilogue(_GATE, grad, A, moments, weight, groups, decay, normalize)
+    else:
+        eager.gate_(grad, A, moments, weight, groups, decay, normalize)
 
 
 def learn_(
@@ -144,7 +150,7 @@ def _layout(u: Tensor, dim: int) -> tuple[int, int, int, int, int, int]:
     return u.numel() // max(units * inner, 1), units, inner, units * inner, inner, 1
 
 
-def _run_competition(u: Tensor, dim: int, competition: Competition, outputs: dict[str, object]) -> None:
+def _run_competition(u: Tensor, dim: int, competition: Competition, outputs: Mapping[str, Any]) -> None:
     batch, units, positions, *strides = _layout(u, dim)
     if u.numel() == 0:
         return
@@ -160,11 +166,13 @@ def _run_competition(u: Tensor, dim: int, competition: Competition, outputs: dic
         temperature=competition.temperature,
         anti=competition.anti,
         threads=torch.get_num_threads(),
-        **outputs,  # type: ignore[arg-type]
+        **outputs,
     )
 
 
-def _correlate(x: Tensor, unit: Tensor, activity: Tensor, A: Tensor, geometry: Geometry, decay: str) -> Tensor:
+def _correlate(
+    x: Tensor, unit: Tensor, activity: Tensor, A: Tensor, geometry: Geometry, decay: str
+) -> Tensor:
     """Fill A from the winners' lists; returns the moments."""
     native, units = _native.load_cpu(), A.shape[0]
     moments = eager.new_moments(units, geometry.groups, decay, torch.float32, x.device)

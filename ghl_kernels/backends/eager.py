@@ -42,7 +42,7 @@ def compete(u: Tensor, dim: int, competition: Competition) -> Tensor:
 
 
 def competition_state(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tensor, Tensor]:
-    """Per position: the k-th largest u, the last unit that wins a tie at it, and logsumexp over the winners."""
+    """Per position: the k-th largest u, the last unit that wins a tie at it, logsumexp over the winners."""
     v = u.to(sum_dtype(u.dtype)).movedim(dim, -1)
     k = competition.winners or v.shape[-1]
     wins = _winner_mask(v, -1, k)
@@ -56,7 +56,7 @@ def competition_state(u: Tensor, dim: int, competition: Competition) -> tuple[Te
 
 
 def winners(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tensor]:
-    """Winning units, int32 ascending, and their activities, both (P, k); unit -1 first where u holds a NaN."""
+    """Winning units (int32, ascending) and their activities, (P, k); the first unit is -1 where u is NaN."""
     k = competition.winners
     v = u.to(sum_dtype(u.dtype)).movedim(dim, -1).reshape(-1, u.shape[dim])
     y = _compete(v, -1, competition)
@@ -72,7 +72,7 @@ def winners(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tens
 def linear_sums(
     x: Tensor, u: Tensor, competition: Competition, decay: str, activities: Activities | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A (N, D) and the moments of y, from x (..., D) and u (..., N); ``activities`` computes y from a block of u."""
+    """A (N, D) and the moments of y, from x (..., D), u (..., N); ``activities`` gives y for a block of u."""
     activities = activities or _float_activities
     x, u = x.reshape(-1, x.shape[-1]), u.reshape(-1, u.shape[-1])
     dtype = sum_dtype(x.dtype)
@@ -133,7 +133,9 @@ def conv_correlate(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geome
     return A.contiguous()
 
 
-def linear_winner_sums(x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str) -> tuple[Tensor, Tensor]:
+def linear_winner_sums(
+    x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str
+) -> tuple[Tensor, Tensor]:
     """As linear_sums, from the winners' lists (P, k)."""
     x = x.reshape(-1, x.shape[-1])
     y = _scatter(unit, activity, units)
