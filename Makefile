@@ -1,0 +1,57 @@
+# Two commands for a newcomer: `make demo` and `make test`. The rest is for developers (`make help`).
+
+PYTHON ?= python3
+# Any torch >= 2.8 will do; this one is what the project is developed with.
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*/* csrc/include/ghl/* python/*)
+
+.PHONY: demo test slow lint format sanitize bench clean help
+
+demo: $(VENV)/demo  ## train one small network five ways, print the table, draw the figure
+	$(BIN)/python -m ghl_kernels demo
+
+test: $(VENV)/dev  ## the whole test suite except the slow part
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/dev  ## the tests that take longer
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dev  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+format: $(VENV)/dev  ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+sanitize: $(VENV)/dev  ## the kernel tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	PATH="$(CURDIR)/$(BIN):$$PATH" tools/sanitize
+
+bench: $(VENV)/dev  ## the ratios that the project promises, measured here
+	$(BIN)/python -m bench.ratios
+
+clean:  ## remove everything that was built
+	rm -rf $(VENV) build dist *.egg-info ghl_kernels/*.so
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+# torch first and by itself: an unpinned one brings gigabytes of GPU libraries
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)" numpy
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/dev: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@ $(VENV)/demo
