@@ -11,6 +11,7 @@ checkpointing, torch.autograd.grad and compilation keep their meaning.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,35 +30,43 @@ class Plan(NamedTuple):
     """Everything about a layer's pass that is no tensor."""
 
     geometry: Geometry | None  # None for linear
+    units: int
+    channels: int  # of the input, per group
     competition: Competition
     decay: str
     needs_grad: bool  # G is computed (the rule has a gate)
     at_step: bool
     sums_at: str
 
-    def keeps(self, device: torch.device, units: int) -> str:
-        """What is kept for backward beside x: the sums, the winners, or u.
+    def keeps(self, device_type: str) -> str:
+        """What is kept for backward beside x: the winners, the sums, or u.
 
-        The winners where A is summed from them alone: they are smaller than A or u, and A can wait.
+        Few winners are smaller than the sums and than u, and the sums can then wait for backward.
         """
-        groups = self.geometry.groups if self.geometry else 1
-        dims = len(self.geometry.kernel_size) if self.geometry else 0
-        k = self.competition.winners
-        if self.decay in ("oja", "none", "instar") and _dispatch.prefers_sparse(
-            device.type, units, k, groups, dims
-        ):
+        if self._chooses(_dispatch.keeps_winners, device_type):
             return "winners"
         return "sums" if self.sums_at == "forward" else "u"
+
+    def is_sparse(self, device_type: str) -> bool:
+        """Whether A is summed from the winners alone."""
+        return self._chooses(_dispatch.prefers_sparse, device_type)
+
+    def _chooses(self, choice: Callable[[str, str, int, int], bool], device_type: str) -> bool:
+        kernel_size = None if self.geometry is None else self.geometry.kernel_size
+        kind = _dispatch.kind_of_layer(self.channels, kernel_size)
+        # second moments of y are a dense product in any case
+        return self.decay in ("oja", "none", "instar") and choice(
+            device_type, kind, self.units, self.competition.winners
+        )
 
 
 def sums(x: Tensor, u: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """A and the moments of one pass."""
-    ops = torch.ops.ghl
-    if plan.keeps(u.device, _units(u, plan)) == "winners":
-        return winner_sums(x, *winners(u, plan), _units(u, plan), plan)
+    if plan.is_sparse(u.device.type):
+        return winner_sums(x, *winners(u, plan), plan)
     if plan.geometry is None:
-        return ops.linear_sums(x, u, *plan.competition, plan.decay)
-    return ops.conv_sums(x, u, *plan.geometry, *plan.competition, plan.decay)
+        return torch.ops.ghl.linear_sums(x, u, *plan.competition, plan.decay)
+    return torch.ops.ghl.conv_sums(x, u, *plan.geometry, *plan.competition, plan.decay)
 
 
 def winners(u: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -65,11 +74,11 @@ def winners(u: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     return torch.ops.ghl.winners(u, -1 if plan.geometry is None else 1, *plan.competition)
 
 
-def winner_sums(x: Tensor, unit: Tensor, activity: Tensor, units: int, plan: Plan) -> tuple[Tensor, Tensor]:
+def winner_sums(x: Tensor, unit: Tensor, activity: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """A and the moments from the winners' lists."""
     if plan.geometry is None:
-        return torch.ops.ghl.linear_winner_sums(x, unit, activity, units, plan.decay)
-    return torch.ops.ghl.conv_winner_sums(x, unit, activity, units, *plan.geometry, plan.decay)
+        return torch.ops.ghl.linear_winner_sums(x, unit, activity, plan.units, plan.decay)
+    return torch.ops.ghl.conv_winner_sums(x, unit, activity, plan.units, *plan.geometry, plan.decay)
 
 
 class LayerFunction(torch.autograd.Function):
@@ -88,7 +97,7 @@ class LayerFunction(torch.autograd.Function):
         else:
             g = plan.geometry
             u = _CONV[len(g.kernel_size)](x, w, bias, g.stride, g.padding, g.dilation, g.groups)
-        keeps = plan.keeps(u.device, _units(u, plan))
+        keeps = plan.keeps(u.device.type)
         if keeps == "u":
             return u, None, None
         kept = winners(u, plan) if keeps == "winners" else sums(x, u, plan)
@@ -111,12 +120,11 @@ class LayerFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_u: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         x, weight, *kept = ctx.saved_tensors
-        units = weight.shape[0]
-        keeps = plan.keeps(x.device, units)
+        keeps = plan.keeps(x.device.type)
         if keeps == "sums":
             A, moments = kept
         elif keeps == "winners":
-            A, moments = winner_sums(x, kept[0], kept[1], units, plan)
+            A, moments = winner_sums(x, kept[0], kept[1], plan)
         else:
             A, moments = sums(x, kept[0], plan)
         grad_x, grad_weight, grad_bias = _layer_backward(ctx, grad_u, x, weight.to(x.dtype), plan)
@@ -189,7 +197,3 @@ class GateFunction(torch.autograd.Function):
         # in place: LayerFunction made G for this one edge
         torch.ops.ghl.gate_(G, A, moments, weight, groups, decay, normalize)
         return G, None, None, None, None, None
-
-
-def _units(u: Tensor, plan: Plan) -> int:
-    return u.shape[-1 if plan.geometry is None else 1]

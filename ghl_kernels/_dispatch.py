@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Sequence
 from types import ModuleType, TracebackType
 from typing import NamedTuple
 
@@ -16,13 +17,18 @@ _MODULES = {"eager": "ghl_kernels.backends.eager", "cpu": "ghl_kernels.backends.
 # By device type, best first. `auto` takes the first one that can run.
 _PREFERENCE = {"cpu": ("cpu", "eager")}
 
-# Largest winners / units at which the sparse correlation beats the library's dense weight gradient,
-# by device type and kind of layer. Measured by bench/crossover.py on 2 threads of an AMD EPYC (Zen 4).
+# Largest winners / units at which the sparse correlation beats the library's dense weight gradient, by
+# device type and kind of layer. Measured by bench/crossover.py on an AMD EPYC (Zen 4), float32.
 _CROSSOVER: dict[tuple[str, str], float] = {
-    ("cpu", "linear"): 0.10,
-    ("cpu", "conv"): 0.10,
-    ("cpu", "depthwise"): 1.0,
+    ("cpu", "linear"): 0.30,
+    ("cpu", "pointwise"): 0.22,
+    ("cpu", "thin"): 0.35,
+    ("cpu", "conv"): 0.60,
+    ("cpu", "depthwise"): 0.02,
 }
+
+# Lists of winners take 8 bytes a winner: up to here they are well below a float u's 4 bytes a unit.
+_WORTH_KEEPING = 0.125
 
 
 class BackendStatus(NamedTuple):
@@ -40,16 +46,29 @@ class _Choice:
 _logged: set[str] = set()
 
 
-def prefers_sparse(device_type: str, units: int, winners: int, groups: int, kernel_dims: int) -> bool:
+def kind_of_layer(channels: int, kernel_size: Sequence[int] | None) -> str:
+    """Row of the crossover table: ``channels`` per group of the input, ``kernel_size`` None for linear."""
+    if kernel_size is None:
+        return "linear"
+    if channels == 1:
+        return "depthwise"
+    if all(size == 1 for size in kernel_size):
+        return "pointwise"
+    return "thin" if channels < 16 else "conv"
+
+
+def prefers_sparse(device_type: str, kind: str, units: int, winners: int) -> bool:
     """Whether A is to be summed from the winners alone (cost ~ winners), not by the dense product (~ units).
 
-    A pure function of the shapes that do not change from batch to batch, so that a compiled model
-    needs no guard on it. ``winners`` is 0 when all units compete; ``kernel_dims`` is 0 for linear.
+    A pure function of what does not change from batch to batch, so that a compiled model needs no guard
+    on it. ``winners`` is 0 when all units compete.
     """
-    if winners == 0 or units == 0:
-        return False
-    kind = "linear" if kernel_dims == 0 else "depthwise" if groups == units > 1 else "conv"
-    return winners / units <= _CROSSOVER.get((device_type, kind), 0.0)
+    return 0 < winners <= _CROSSOVER.get((device_type, kind), 0.0) * units
+
+
+def keeps_winners(device_type: str, kind: str, units: int, winners: int) -> bool:
+    """Whether the winners' lists are what a layer keeps for backward, to sum A from them then."""
+    return prefers_sparse(device_type, kind, units, winners) and winners <= _WORTH_KEEPING * units
 
 
 def backends() -> list[BackendStatus]:

@@ -148,7 +148,8 @@ def gate(H: Tensor, G: Tensor) -> Tensor:
 
 
 def _delta(x: Tensor, u: Tensor, weight: Tensor, rule: HebbianRule, geometry: Geometry | None) -> Tensor:
-    plan = Plan(geometry, rule.competition(weight.shape[0]), rule.decay, False, False, "forward")
+    units, channels = weight.shape[:2]
+    plan = Plan(geometry, units, channels, rule.competition(units), rule.decay, False, False, "forward")
     A, moments = sums(x, u, plan)
     groups = geometry.groups if geometry else 1
     return torch.ops.ghl.delta(A, moments, weight, groups, rule.decay, rule.normalize)

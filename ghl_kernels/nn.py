@@ -103,14 +103,14 @@ class GHLLayer(nn.Module, abc.ABC):
         torch.ops.ghl.learn_(self.weight, A, moments, lr, self.filter_groups, rule.decay, rule.normalize)
         return u
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The torch layer's output; in training its backward leaves the rule's gradient in weight.grad."""
         if not (self.training and self.weight.requires_grad and torch.is_grad_enabled()):
-            return self._torch_forward(x)
-        self._check_input(x)
-        batched, geometry = self._prepare(x)
-        u = self._apply_rule(batched, geometry)
-        return u.squeeze(0) if batched.dim() > x.dim() else u
+            return self._torch_forward(input)
+        self._check_input(input)
+        x, geometry = self._prepare(input)
+        u = self._apply_rule(x, geometry)
+        return u.squeeze(0) if x.dim() > input.dim() else u
 
     def _torch_forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, super().forward(x))
@@ -126,6 +126,8 @@ class GHLLayer(nn.Module, abc.ABC):
         rule = self.rule
         return Plan(
             geometry,
+            self.units,
+            self.weight.shape[1],
             rule.competition(self.units),
             rule.decay,
             needs_grad=rule.gate == "sign",

@@ -258,11 +258,15 @@ def _layers_held(optimizer: Optimizer, model: nn.Module) -> list[tuple[str, GHLL
             "which a gated gradient is not"
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    layers = [(name, layer) for name, layer in _step_layers(model) if id(layer.weight) in held]
+    layers = [
+        (name, layer)
+        for name, layer in _step_layers(model)
+        if id(layer.weight) in held and layer.weight.requires_grad  # a frozen layer is its torch layer
+    ]
     if not layers:
         count = len(list(_step_layers(model)))
         raise ValueError(
-            f"the optimizer holds the weight of none of the model's {count} layers with gate_at='step'"
+            f"the optimizer holds no trainable weight of the model's {count} layers with gate_at='step'"
         )
     for name, layer in layers:
         if layer._attachment is not None:

@@ -30,18 +30,19 @@ struct CompeteParams {
   int64_t positions = 0;
 
   Activity activity = Activity::softmax;
-  int64_t winners = 0;        // 0: every unit competes; else exactly this many win, ties to the lowest index
-  float temperature = 1.0f;   // softmax(u / temperature)
-  bool anti = false;          // negate the activity of every unit but the single largest
+  int64_t winners = 0;       // 0: every unit competes; else exactly this many win, ties to the lowest index
+  float temperature = 1.0f;  // softmax(u / temperature)
+  bool anti = false;         // negate the activity of every unit but the single largest
 
-  void* y = nullptr;          // [batch, units, positions]
+  void* y = nullptr;  // [batch, units, positions]
   DType y_dtype = DType::f32;
   Layout y_layout;
 
-  float* logsumexp = nullptr;        // [batch * positions] log sum exp(u / temperature) over the winners
-  float* threshold = nullptr;        // [batch * positions] the winners-th largest u (winners > 0)
-  int32_t* cut = nullptr;            // [batch * positions] last unit that wins a tie at the threshold (winners > 0)
-  int32_t* winner_unit = nullptr;    // [batch * positions, winners] ascending; the first is -1 where u holds a NaN
+  float* logsumexp = nullptr;  // [batch * positions] log sum exp(u / temperature) over the winners
+  float* threshold = nullptr;  // [batch * positions] the winners-th largest u (winners > 0)
+  int32_t* cut = nullptr;      // [batch * positions] last unit that wins a tie at the threshold (winners > 0)
+  int32_t* winner_unit =
+      nullptr;  // [batch * positions, winners] ascending; the first is -1 where u holds a NaN
   float* winner_activity = nullptr;  // [batch * positions, winners] the activities of those units
 };
 

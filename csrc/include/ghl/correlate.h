@@ -27,7 +27,8 @@ struct CorrelateParams {
   ConvGeometry geometry;
 
   // Lists as compete_cpu writes them, [batch * out positions, winners]. A row whose first unit is -1
-  // makes the whole of A (and activity_sum) NaN, as a NaN in y does in the dense product.
+  // makes the whole of A (and activity_sum) NaN, as a NaN in y does in the dense product; so does a
+  // unit that does not exist.
   const int32_t* winner_unit = nullptr;
   const float* winner_activity = nullptr;
   int64_t winners = 0;
