@@ -38,11 +38,12 @@ struct CompeteParams {
   DType y_dtype = DType::f32;
   Layout y_layout;
 
-  float* logsumexp = nullptr;  // [batch * positions] log sum exp(u / temperature) over the winners
+  // [batch * positions] log sum exp(u / temperature) over the winners; NaN where softmax is
+  float* logsumexp = nullptr;
   float* threshold = nullptr;  // [batch * positions] the winners-th largest u (winners > 0)
   int32_t* cut = nullptr;      // [batch * positions] last unit that wins a tie at the threshold (winners > 0)
-  int32_t* winner_unit =
-      nullptr;  // [batch * positions, winners] ascending; the first is -1 where u holds a NaN
+  // [batch * positions, winners] ascending; the first is -1 where u holds a NaN
+  int32_t* winner_unit = nullptr;
   float* winner_activity = nullptr;  // [batch * positions, winners] the activities of those units
 };
 

@@ -40,7 +40,8 @@ struct CorrelateParams {
   int64_t x_stride[3] = {0, 0, 0};
 
   int64_t units = 0;
-  float* a = nullptr;  // [units, channels / groups, taps], taps = kernel volume in row-major order; overwritten
+  // [units, channels / groups, taps], taps = kernel volume in row-major order; overwritten
+  float* a = nullptr;
   int64_t a_stride_unit = 0;
   int64_t a_stride_channel = 0;
   int64_t a_stride_tap = 0;
