@@ -108,6 +108,7 @@ class LayerFunction(torch.autograd.Function):
         x, weight, bias, _, _, plan = inputs
         u, *kept = output
         ctx.plan = plan
+        ctx.set_materialize_grads(False)  # else zeros of A's size for the outputs that are only kept
         ctx.has_bias = bias is not None
         if kept[0] is None:
             ctx.save_for_backward(x, weight, u)
@@ -117,17 +118,19 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_u: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_u: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_u is None:
+            return (None,) * 6
         plan: Plan = ctx.plan
         x, weight, *kept = ctx.saved_tensors
         keeps = plan.keeps(x.device.type)
-        if keeps == "sums":
-            A, moments = kept
-        elif keeps == "winners":
-            A, moments = winner_sums(x, kept[0], kept[1], plan)
-        else:
+        if keeps == "u":  # before the library's gradients: y and they are never held together
             A, moments = sums(x, kept[0], plan)
         grad_x, grad_weight, grad_bias = _layer_backward(ctx, grad_u, x, weight.to(x.dtype), plan)
+        if keeps == "winners":  # after them: A is not held while the library works
+            A, moments = winner_sums(x, kept[0], kept[1], plan)
+        elif keeps == "sums":
+            A, moments = kept
         if not plan.needs_grad:
             # StepGate recognises a pass by weight.grad, so there must be one
             grad_weight = torch.zeros_like(weight) if plan.at_step else None

@@ -20,11 +20,11 @@ _PREFERENCE = {"cpu": ("cpu", "eager")}
 # Largest winners / units at which the sparse correlation beats the library's dense weight gradient, by
 # device type and kind of layer. Measured by bench/crossover.py on an AMD EPYC (Zen 4), float32.
 _CROSSOVER: dict[tuple[str, str], float] = {
-    ("cpu", "linear"): 0.30,
-    ("cpu", "pointwise"): 0.22,
-    ("cpu", "thin"): 0.35,
-    ("cpu", "conv"): 0.60,
-    ("cpu", "depthwise"): 0.02,
+    ("cpu", "linear"): 0.25,
+    ("cpu", "pointwise"): 0.16,
+    ("cpu", "thin"): 0.17,
+    ("cpu", "conv"): 0.40,
+    ("cpu", "depthwise"): 0.0,
 }
 
 # Lists of winners take 8 bytes a winner: up to here they are well below a float u's 4 bytes a unit.

@@ -142,7 +142,7 @@ def _patches(
 def _correlate(y: Tensor, patches: Tensor) -> Tensor:
     """sum_p y_p x_p^T per group: y (P, N), patches (groups, P, D) -> (N, D)."""
     groups = patches.shape[0]
-    y = y.reshape(y.shape[0], groups, -1)
+    y = y.reshape(y.shape[0], groups, y.shape[1] // groups)
     return torch.einsum("pgn,gpd->gnd", y, patches).flatten(0, 1)
 
 
@@ -153,7 +153,7 @@ def _decay(y: Tensor, A: Tensor, weight: Tensor, groups: int, decay: str) -> Ten
         return y.sum(0).unsqueeze(1) * weight
     if decay == "none":
         return torch.zeros_like(weight)
-    grouped = y.reshape(y.shape[0], groups, -1)
+    grouped = y.reshape(y.shape[0], groups, y.shape[1] // groups)
     C = torch.einsum("pgn,pgm->gnm", grouped, grouped)
     if decay == "sanger":
         C = C.tril()

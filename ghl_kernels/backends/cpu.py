@@ -23,6 +23,11 @@ _DECAY = {"none": 0, "oja": 1, "instar": 2}
 _NORMALIZE = {"layer": 0, "filter": 1, "mean": 2, "none": 2}
 _GATE, _DELTA, _LEARN = 0, 1, 2
 
+# With few rows a unit's list is too short to pay for a pass over its part of A, and the crossover is lower.
+# Decided here and not by _dispatch.prefers_sparse, which must not depend on the batch.
+_FEW_ROWS = 256
+_FEW_ROWS_CROSSOVER = 0.02
+
 
 def status() -> tuple[bool, str]:
     """(available, reason)."""
@@ -81,7 +86,8 @@ def linear_winner_sums(
     x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str
 ) -> tuple[Tensor, Tensor]:
     """As linear_sums, from the winners' lists (P, k), at a cost of k / N of the dense product."""
-    if decay not in _DECAY:
+    few_rows = unit.shape[0] < _FEW_ROWS and unit.shape[1] > _FEW_ROWS_CROSSOVER * units
+    if decay not in _DECAY or few_rows:
         return eager.linear_winner_sums(x, unit, activity, units, decay)
     x = x.reshape(-1, x.shape[-1])
     A = x.new_empty((units, x.shape[1]), dtype=torch.float32)

@@ -107,7 +107,7 @@ def conv_sums(
         y = activities(u[items], 1, competition)
         part = conv_correlate(x[items].to(dtype), y, shape, geometry)
         A = part if A is None else A.add_(part)
-        add_moments(moments, y.movedim(1, -1).reshape(-1, u.shape[1]), geometry.groups, decay)
+        add_moments(moments, y.movedim(1, -1), geometry.groups, decay)
     return (x.new_zeros(shape, dtype=dtype) if A is None else A), moments
 
 
@@ -115,7 +115,11 @@ def conv_correlate(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geome
     """sum_p y_p x_p^T by the library's weight gradient; contiguous."""
     if y.numel() == 0 or x.numel() == 0:
         return x.new_zeros(shape)
-    weight = x.new_empty(shape)  # only its shape is read
+    # Only its shape is read, but an expanded tensor would be copied: memory that is there anyway will do.
+    if y.numel() >= math.prod(shape):
+        weight = y.as_strided(shape, _contiguous_strides(shape))
+    else:
+        weight = x.new_empty(shape)
     dims = len(geometry.kernel_size)
     _, A, _ = torch.ops.aten.convolution_backward(
         y,
@@ -131,6 +135,10 @@ def conv_correlate(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geome
         [False, True, False],
     )
     return A.contiguous()
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> list[int]:
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def linear_winner_sums(
@@ -220,12 +228,13 @@ def new_moments(units: int, groups: int, decay: str, dtype: torch.dtype, device:
 
 
 def add_moments(moments: Tensor, y: Tensor, groups: int, decay: str) -> None:
-    """Add the positions of y (P, N) to the moments."""
-    moments[-1] += y.shape[0]
+    """Add the positions of y (..., N) to the moments; y is rearranged only where the decay needs it."""
+    positions, units = y.shape[:-1].numel(), y.shape[-1]
+    moments[-1] += positions
     if decay == "instar":
-        moments[:-1] += y.sum(0)
+        moments[:-1] += y.reshape(positions, units).sum(0)
     elif decay in ("subspace", "sanger"):
-        grouped = y.reshape(y.shape[0], groups, -1).transpose(0, 1)
+        grouped = y.reshape(positions, groups, units // groups).transpose(0, 1)
         moments[:-1] += torch.bmm(grouped.transpose(1, 2), grouped).flatten()
 
 
