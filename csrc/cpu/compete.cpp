@@ -13,9 +13,12 @@ namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Half of a small L2 cache. More groups in a tile make longer runs of positions in memory.
-constexpr int64_t kTileBytes = 128 * 1024;
+// Stays in a small L2 cache. More groups in a tile make longer runs of positions in memory.
+constexpr int64_t kTileBytes = 64 * 1024;
 constexpr int64_t kMaxGroups = 4;
+
+// Planes that a tile is read and written ahead of: their stride is out of the hardware prefetchers' reach.
+constexpr int64_t kAhead = 8;
 
 // ---- Tiles: [groups][units][16 positions] ----
 
@@ -407,21 +410,63 @@ void compete_group(const Group& group) {
   }
 }
 
+// The groups of a tile from row on, at most groups_per_tile.
+int64_t groups_from(const Plan& plan, int64_t first) {
+  return at_most(divide_up(plan.rows - first, kLanes), plan.groups_per_tile);
+}
+
+// Whether the positions of all groups of a full tile lie in one run of memory.
+bool is_one_run(const CompeteParams& params, const Plan& plan, const Layout& layout, int64_t first) {
+  const int64_t positions = plan.groups_per_tile * kLanes;
+  return layout.stride_position == 1 && first % params.positions + positions <= params.positions;
+}
+
+template <class T>
+T* find_position(T* base, const Layout& layout, const CompeteParams& params, int64_t row) {
+  return base + row / params.positions * layout.stride_batch +
+         row % params.positions * layout.stride_position;
+}
+
 template <class T>
 void load_tile(const CompeteParams& params, const Plan& plan, int64_t first, float* tile) {
   const T* u = static_cast<const T*>(params.u);
-  for (int64_t row = first; row < at_most(first + plan.groups_per_tile * kLanes, plan.rows); row += kLanes) {
-    const auto lanes = find_lanes(u, params.u_layout, params, row, plan.rows);
-    load_group(lanes, params.u_layout.stride_unit, params.units, tile + (row - first) * params.units);
+  const Layout& layout = params.u_layout;
+  if (is_one_run(params, plan, layout, first)) {
+    // unit by unit, so that each visit to a plane takes several lines of it
+    const T* run = find_position(u, layout, params, first);
+    for (int64_t n = 0; n < params.units; ++n, run += layout.stride_unit) {
+      const T* ahead = n + kAhead < params.units ? run + kAhead * layout.stride_unit : run;
+      for (int64_t g = 0; g < plan.groups_per_tile; ++g) {
+        __builtin_prefetch(ahead + g * kLanes);
+        store(tile + (g * params.units + n) * kLanes, load(run + g * kLanes));
+      }
+    }
+    return;
+  }
+  for (int64_t g = 0; g < groups_from(plan, first); ++g) {
+    const auto lanes = find_lanes(u, layout, params, first + g * kLanes, plan.rows);
+    load_group(lanes, layout.stride_unit, params.units, tile + g * params.units * kLanes);
   }
 }
 
 template <class T>
 void store_tile(const CompeteParams& params, const Plan& plan, int64_t first, const float* tile) {
   T* y = static_cast<T*>(params.y);
-  for (int64_t row = first; row < at_most(first + plan.groups_per_tile * kLanes, plan.rows); row += kLanes) {
-    const auto lanes = find_lanes(y, params.y_layout, params, row, plan.rows);
-    store_group(tile + (row - first) * params.units, params.units, lanes, params.y_layout.stride_unit);
+  const Layout& layout = params.y_layout;
+  if (is_one_run(params, plan, layout, first)) {
+    T* run = find_position(y, layout, params, first);
+    for (int64_t n = 0; n < params.units; ++n, run += layout.stride_unit) {
+      T* ahead = n + kAhead < params.units ? run + kAhead * layout.stride_unit : run;
+      for (int64_t g = 0; g < plan.groups_per_tile; ++g) {
+        __builtin_prefetch(ahead + g * kLanes, 1);
+        store(run + g * kLanes, load(tile + (g * params.units + n) * kLanes));
+      }
+    }
+    return;
+  }
+  for (int64_t g = 0; g < groups_from(plan, first); ++g) {
+    const auto lanes = find_lanes(y, layout, params, first + g * kLanes, plan.rows);
+    store_group(tile + g * params.units * kLanes, params.units, lanes, layout.stride_unit);
   }
 }
 
