@@ -1,0 +1,90 @@
+"""What this installation is and runs on: the text of ``info`` and a part of every result file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ghl_kernels
+from ghl_kernels import _native
+
+
+def collect() -> dict[str, Any]:
+    """Versions, machine, threads, native build and backends, as JSON types."""
+    return {
+        "versions": _versions(),
+        "machine": {"cpu": _cpu_name(), "platform": platform.platform(), "processors": _usable_processors()},
+        "threads": torch.get_num_threads(),
+        "native": _native_build(),
+        "backends": [
+            {"name": name, "available": available, "reason": reason}
+            for name, available, reason in ghl_kernels.backends()
+        ],
+    }
+
+
+def as_text(environment: dict[str, Any]) -> str:
+    """The report for people."""
+    machine, native = environment["machine"], environment["native"]
+    rows = [(name, version or "not installed") for name, version in environment["versions"].items()]
+    rows += [
+        ("CPU", machine["cpu"]),
+        ("platform", machine["platform"]),
+        ("threads", f"{environment['threads']} of {machine['processors']} processors"),
+    ]
+    if native["available"]:
+        rows += [
+            ("compiler", native["compiler"]),
+            ("flags", native["flags"]),
+            ("instruction sets", f"{native['selected_isa']} chosen of {', '.join(native['isas'])}"),
+        ]
+    else:
+        rows.append(("native", f"not available: {native['reason']}"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    lines += ["", "Backends"]
+    for backend in environment["backends"]:
+        state = "available" if backend["available"] else "not available"
+        lines.append(f"  {backend['name']:<{width - 2}}  {state}: {backend['reason']}")
+    return "\n".join(lines)
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {
+        "ghl_kernels": ghl_kernels.__version__,
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "triton", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _native_build() -> dict[str, Any]:
+    available, reason = _native.cpu_status()
+    if not available:
+        return {"available": False, "reason": reason}
+    module = _native.load_cpu()
+    return {"available": True, **module.build_info(), "selected_isa": module.selected_isa()}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _usable_processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
