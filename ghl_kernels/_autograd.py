@@ -11,6 +11,7 @@ checkpointing, torch.autograd.grad and compilation keep their meaning.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -200,3 +201,8 @@ class GateFunction(torch.autograd.Function):
         # in place: LayerFunction made G for this one edge
         torch.ops.ghl.gate_(G, A, moments, weight, groups, decay, normalize)
         return G, None, None, None, None, None
+
+
+# torch binds default arguments at every apply; without a stored signature that costs more than a small kernel
+LayerFunction.forward.__signature__ = inspect.signature(LayerFunction.forward)  # type: ignore[attr-defined]
+GateFunction.forward.__signature__ = inspect.signature(GateFunction.forward)  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -109,7 +110,8 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
         RuntimeError: the backend chosen by use_backend cannot run it.
     """
     if _Choice.name != "auto":
-        _check_available(_Choice.name)
+        if _Choice.name not in _MODULES:
+            raise _unknown(_Choice.name)
         module = _load(_Choice.name)
         refusal = module.refusal(device.type, dtype)
         if refusal:
@@ -117,8 +119,7 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
         return module
     for name in _PREFERENCE.get(device.type, ()):
         module = _load(name)
-        available, reason = module.status()
-        refusal = module.refusal(device.type, dtype) if available else reason
+        refusal = module.refusal(device.type, dtype)
         if not refusal:
             return module
         _log_once(f"backend {name!r} is passed over: {refusal}")
@@ -129,12 +130,17 @@ def _check_available(name: str) -> None:
     if name == "auto":
         return
     if name not in _MODULES:
-        raise ValueError(f"unknown backend {name!r}; there are 'auto', {', '.join(map(repr, _MODULES))}")
+        raise _unknown(name)
     available, reason = _load(name).status()
     if not available:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
 
 
+def _unknown(name: str) -> ValueError:
+    return ValueError(f"unknown backend {name!r}; there are 'auto', {', '.join(map(repr, _MODULES))}")
+
+
+@functools.cache
 def _load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 

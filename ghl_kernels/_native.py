@@ -87,6 +87,12 @@ def load_cpu() -> ModuleType:
     raise result
 
 
+def cpu_problem() -> str:
+    """Why the native CPU kernels cannot run, or "" when they can; asked before every operation."""
+    result = _cpu()
+    return "" if isinstance(result, ModuleType) else str(result)
+
+
 def cpu_status() -> tuple[bool, str]:
     """Whether the native CPU kernels can run, and what they are or why not."""
     result = _cpu()

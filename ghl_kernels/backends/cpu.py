@@ -36,6 +36,8 @@ def status() -> tuple[bool, str]:
 
 def refusal(device_type: str, dtype: torch.dtype) -> str:
     """Why this backend cannot run on such tensors, or "" when it can."""
+    if problem := _native.cpu_problem():
+        return problem
     if device_type != "cpu":
         return f"it runs on CPU tensors, not on {device_type}"
     if dtype not in _DTYPE:
@@ -181,8 +183,7 @@ def _correlate(
 ) -> Tensor:
     """Fill A from the winners' lists; returns the moments."""
     native, units = _native.load_cpu(), A.shape[0]
-    moments = eager.new_moments(units, geometry.groups, decay, torch.float32, x.device)
-    moments[-1] = unit.shape[0]
+    moments = eager.new_moments(units, geometry.groups, decay, unit.shape[0], torch.float32, x.device)
     unit, activity = unit.contiguous(), activity.contiguous()
     taps = A[0, 0].numel() if A.dim() > 2 and A.shape[0] and A.shape[1] else 1
     arguments = {

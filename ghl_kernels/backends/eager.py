@@ -77,7 +77,7 @@ def linear_sums(
     x, u = x.reshape(-1, x.shape[-1]), u.reshape(-1, u.shape[-1])
     dtype = sum_dtype(x.dtype)
     A = x.new_zeros((u.shape[1], x.shape[1]), dtype=dtype)
-    moments = new_moments(u.shape[1], 1, decay, dtype, x.device)
+    moments = new_moments(u.shape[1], 1, decay, u.shape[0], dtype, x.device)
     for rows in _blocks(u.shape[0], x.shape[1] + u.shape[1], x.dtype):
         y = activities(u[rows], 1, competition)
         if rows.stop - rows.start == u.shape[0]:
@@ -101,7 +101,8 @@ def conv_sums(
     dtype = sum_dtype(x.dtype)
     shape = (u.shape[1], x.shape[1] // geometry.groups, *geometry.kernel_size)
     A: Tensor | None = None
-    moments = new_moments(u.shape[1], geometry.groups, decay, dtype, x.device)
+    positions = u.shape[0] * u.shape[2:].numel()
+    moments = new_moments(u.shape[1], geometry.groups, decay, positions, dtype, x.device)
     per_item = (x[0].numel() + u[0].numel()) if x.shape[0] else 0
     for items in _blocks(x.shape[0], per_item, x.dtype):
         y = activities(u[items], 1, competition)
@@ -148,7 +149,7 @@ def linear_winner_sums(
     x = x.reshape(-1, x.shape[-1])
     y = _scatter(unit, activity, units)
     A = torch.mm(y.t(), x.to(y.dtype))
-    moments = new_moments(units, 1, decay, y.dtype, x.device)
+    moments = new_moments(units, 1, decay, y.shape[0], y.dtype, x.device)
     add_moments(moments, y, 1, decay)
     return A, moments
 
@@ -158,7 +159,7 @@ def conv_winner_sums(
 ) -> tuple[Tensor, Tensor]:
     """As conv_sums, from the winners' lists (P, k)."""
     y = _scatter(unit, activity, units)
-    moments = new_moments(units, geometry.groups, decay, y.dtype, x.device)
+    moments = new_moments(units, geometry.groups, decay, y.shape[0], y.dtype, x.device)
     add_moments(moments, y, geometry.groups, decay)
     planes = y.view(x.shape[0], *geometry.out_size(x.shape[2:]), units).movedim(-1, 1)
     shape = (units, x.shape[1] // geometry.groups, *geometry.kernel_size)
@@ -222,15 +223,24 @@ def moments_size(units: int, groups: int, decay: str) -> int:
     return 1
 
 
-def new_moments(units: int, groups: int, decay: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zero moments: [sum_p y_p] (instar), [sum_p y_p y_p^T per group] (subspace, sanger), then [P]."""
-    return torch.zeros(moments_size(units, groups, decay), dtype=dtype, device=device)
+def new_moments(
+    units: int, groups: int, decay: str, positions: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Moments of no positions but with their number: zeros for what the decay needs of y, then [P]."""
+    size = moments_size(units, groups, decay)
+    if size == 1:
+        return torch.full((1,), positions, dtype=dtype, device=device)
+    moments = torch.zeros(size, dtype=dtype, device=device)
+    moments[-1] = positions
+    return moments
 
 
 def add_moments(moments: Tensor, y: Tensor, groups: int, decay: str) -> None:
-    """Add the positions of y (..., N) to the moments; y is rearranged only where the decay needs it."""
+    """Add y (..., N) to the moments: sum_p y_p (instar) or sum_p y_p y_p^T per group (subspace, sanger).
+
+    y is rearranged only where the decay needs it.
+    """
     positions, units = y.shape[:-1].numel(), y.shape[-1]
-    moments[-1] += positions
     if decay == "instar":
         moments[:-1] += y.reshape(positions, units).sum(0)
     elif decay in ("subspace", "sanger"):
