@@ -12,7 +12,6 @@ checkpointing, torch.autograd.grad and compilation keep their meaning.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ghl_kernels import _dispatch
 from ghl_kernels._geometry import Geometry
-from ghl_kernels.rule import Competition
+from ghl_kernels.rule import Competition, HebbianRule
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -32,38 +31,43 @@ class Plan(NamedTuple):
 
     geometry: Geometry | None  # None for linear
     units: int
-    channels: int  # of the input, per group
     competition: Competition
     decay: str
     needs_grad: bool  # G is computed (the rule has a gate)
     at_step: bool
-    sums_at: str
+    is_sparse: bool  # A is summed from the winners alone
+    keeps: str  # what backward needs beside x: "winners", "sums" or "u"
 
-    def keeps(self, device_type: str) -> str:
-        """What is kept for backward beside x: the winners, the sums, or u.
 
-        Few winners are smaller than the sums and than u, and the sums can then wait for backward.
-        """
-        if self._chooses(_dispatch.keeps_winners, device_type):
-            return "winners"
-        return "sums" if self.sums_at == "forward" else "u"
+def make_plan(
+    geometry: Geometry | None,
+    weight: Tensor,
+    rule: HebbianRule,
+    *,
+    at_step: bool = False,
+    sums_at: str = "forward",
+) -> Plan:
+    """The plan of a layer. Made outside LayerFunction, inside which a compiler cannot read the crossovers.
 
-    def is_sparse(self, device_type: str) -> bool:
-        """Whether A is summed from the winners alone."""
-        return self._chooses(_dispatch.prefers_sparse, device_type)
-
-    def _chooses(self, choice: Callable[[str, str, int, int], bool], device_type: str) -> bool:
-        kernel_size = None if self.geometry is None else self.geometry.kernel_size
-        kind = _dispatch.kind_of_layer(self.channels, kernel_size)
-        # second moments of y are a dense product in any case
-        return self.decay in ("oja", "none", "instar") and choice(
-            device_type, kind, self.units, self.competition.winners
-        )
+    Few winners are smaller than the sums and than u, and are kept for backward in their place.
+    """
+    units, channels = weight.shape[:2]
+    competition = rule.competition(units)
+    kind = _dispatch.kind_of_layer(channels, None if geometry is None else geometry.kernel_size)
+    choice = weight.device.type, kind, units, competition.winners
+    # second moments of y are a dense product in any case
+    can_be_sparse = rule.decay in ("oja", "none", "instar")
+    is_sparse = bool(can_be_sparse and _dispatch.prefers_sparse(*choice))
+    if is_sparse and _dispatch.keeps_winners(*choice):
+        keeps = "winners"
+    else:
+        keeps = "sums" if sums_at == "forward" else "u"
+    return Plan(geometry, units, competition, rule.decay, rule.gate == "sign", at_step, is_sparse, keeps)
 
 
 def sums(x: Tensor, u: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """A and the moments of one pass."""
-    if plan.is_sparse(u.device.type):
+    if plan.is_sparse:
         return winner_sums(x, *winners(u, plan), plan)
     if plan.geometry is None:
         return torch.ops.ghl.linear_sums(x, u, *plan.competition, plan.decay)
@@ -85,7 +89,7 @@ def winner_sums(x: Tensor, unit: Tensor, activity: Tensor, plan: Plan) -> tuple[
 class LayerFunction(torch.autograd.Function):
     """u = layer(x); backward returns A and the moments as the gradients of two extra inputs.
 
-    Forward's second and third outputs are what :meth:`Plan.keeps` says, for setup_context alone.
+    Forward's second and third outputs are what ``Plan.keeps`` says, for setup_context alone.
     """
 
     @staticmethod
@@ -94,11 +98,12 @@ class LayerFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         w = weight.to(x.dtype)
         if plan.geometry is None:
-            u = F.linear(x, w, bias)
+            # with leading dimensions it is a view, which nothing could change in place
+            u = F.linear(x, w, bias).detach()
         else:
             g = plan.geometry
             u = _CONV[len(g.kernel_size)](x, w, bias, g.stride, g.padding, g.dilation, g.groups)
-        keeps = plan.keeps(u.device.type)
+        keeps = plan.keeps
         if keeps == "u":
             return u, None, None
         kept = winners(u, plan) if keeps == "winners" else sums(x, u, plan)
@@ -124,17 +129,20 @@ class LayerFunction(torch.autograd.Function):
             return (None,) * 6
         plan: Plan = ctx.plan
         x, weight, *kept = ctx.saved_tensors
-        keeps = plan.keeps(x.device.type)
+        keeps = plan.keeps
         if keeps == "u":  # before the library's gradients: y and they are never held together
             A, moments = sums(x, kept[0], plan)
         grad_x, grad_weight, grad_bias = _layer_backward(ctx, grad_u, x, weight.to(x.dtype), plan)
         if keeps == "winners":  # after them: A is not held while the library works
             A, moments = winner_sums(x, kept[0], kept[1], plan)
         elif keeps == "sums":
-            A, moments = kept
+            # a leaf keeps its first gradient as its own; a retained graph must not see it grow
+            A, moments = (t.clone() for t in kept) if plan.at_step else kept
         if not plan.needs_grad:
-            # StepGate recognises a pass by weight.grad, so there must be one
-            grad_weight = torch.zeros_like(weight) if plan.at_step else None
+            # StepGate recognizes a pass by a weight.grad other than 0: loss scaling and DDP leave this mark
+            # above it, and no norm of gradients feels it
+            mark = max(1e-30, torch.finfo(weight.dtype).tiny)
+            grad_weight = torch.full_like(weight, mark) if plan.at_step else None
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
             if plan.at_step:

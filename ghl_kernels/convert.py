@@ -84,8 +84,11 @@ def revert(model: nn.Module) -> nn.Module:
     """Turn every GHL layer of a model back into its torch layer, in place; returns ``model``.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: a layer is attached to a StepGate, which would then find gradients without sums.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, GHLLayer)]
     for name, layer in layers:
         if layer._attachment is not None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghl_kernels import _check
-from ghl_kernels._autograd import Plan, sums
+from ghl_kernels._autograd import make_plan, sums
 from ghl_kernels._geometry import Geometry, make_geometry
 from ghl_kernels.backends.eager import conv_correlate
 from ghl_kernels.rule import HebbianRule
@@ -148,9 +148,7 @@ def gate(H: Tensor, G: Tensor) -> Tensor:
 
 
 def _delta(x: Tensor, u: Tensor, weight: Tensor, rule: HebbianRule, geometry: Geometry | None) -> Tensor:
-    units, channels = weight.shape[:2]
-    plan = Plan(geometry, units, channels, rule.competition(units), rule.decay, False, False, "forward")
-    A, moments = sums(x, u, plan)
+    A, moments = sums(x, u, make_plan(geometry, weight, rule))
     groups = geometry.groups if geometry else 1
     return torch.ops.ghl.delta(A, moments, weight, groups, rule.decay, rule.normalize)
 

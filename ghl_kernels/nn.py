@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghl_kernels import _check
-from ghl_kernels._autograd import GateFunction, LayerFunction, Plan, sums
+from ghl_kernels._autograd import GateFunction, LayerFunction, Plan, make_plan, sums
 from ghl_kernels._geometry import Geometry, make_geometry
 from ghl_kernels.backends.eager import moments_size
 from ghl_kernels.rule import HebbianRule
@@ -123,16 +123,8 @@ class GHLLayer(nn.Module, abc.ABC):
         _check.floats(x=x, weight=self.weight)
 
     def _plan(self, geometry: Geometry | None) -> Plan:
-        rule = self.rule
-        return Plan(
-            geometry,
-            self.units,
-            self.weight.shape[1],
-            rule.competition(self.units),
-            rule.decay,
-            needs_grad=rule.gate == "sign",
-            at_step=self.gate_at == "step",
-            sums_at=self.sums_at,
+        return make_plan(
+            geometry, self.weight, self.rule, at_step=self.gate_at == "step", sums_at=self.sums_at
         )
 
     def _apply_rule(self, x: Tensor, geometry: Geometry | None) -> Tensor:

@@ -36,7 +36,8 @@ class Attachment:
         self._pass: int | None = None
         self._gradient: tuple[weakref.ref[Tensor], int] | None = None  # weight.grad as the last pass left it
         self._weight_version: int | None = None
-        self._plain: Tensor | None = None  # weight.grad while the optimizer sees the gated one
+        self._swapped: tuple[Tensor, Tensor] | None = None  # plain and gated, while weight.grad is gated
+        self._accumulated = [0, 0]  # passes that added to weight.grad and to the sums
         layer._attachment = self
 
     def leaves(self) -> tuple[Tensor, Tensor]:
@@ -58,10 +59,10 @@ class Attachment:
         if weight.grad is None:
             self._drop()
             return None
-        if self._A.grad is None or self._moments.grad is None:
+        if self._A.grad is None or self._moments.grad is None or self._accumulated[0] != self._accumulated[1]:
             raise RuntimeError(
-                f"weight.grad of {self.name!r} has no Hebbian sums: it was not made by a backward pass "
-                "through this layer in training mode, and the optimizer must not step on it"
+                f"weight.grad of {self.name!r} has no Hebbian sums: all or part of it was not made by a "
+                "backward pass through this layer in training mode, and the optimizer must not step on it"
             )
         if self._weight_version != weight._version:
             raise RuntimeError(
@@ -89,33 +90,41 @@ class Attachment:
             torch.ops.ghl.gate_(gated, *arguments)
         if scale is not None:
             gated.mul_(scale)  # fused optimizers divide by it
-        self._plain, weight.grad = plain, gated
+        self._swapped, weight.grad = (plain, gated), gated
 
     def restore(self) -> None:
         """Put the plain gradient back, so that accumulation without zeroing goes on from it."""
-        if self._plain is not None:
-            self.layer.weight.grad, self._plain = self._plain, None
-            self._weight_version = self.layer.weight._version
+        if self._swapped is None:
+            return
+        (plain, gated), self._swapped = self._swapped, None
+        weight = self.layer.weight
+        if weight.grad is gated:  # else it was zeroed or replaced after a step that raised
+            weight.grad = plain
+            self._weight_version = weight._version
 
     def detach(self) -> None:
         """Undo the attachment."""
         self.restore()
         for handle in self._handles + self._leaf_handles:
             handle.remove()
-        self.layer._attachment = None
+        del self.layer._attachment
 
     def _new_leaves(self) -> tuple[Tensor, Tensor]:
         layer = self.layer
-        zero = torch.zeros((), dtype=sum_dtype(layer.weight.dtype), device=layer.weight.device)
-        A = zero.expand(layer.weight.shape).requires_grad_()
-        moments = zero.expand(
-            moments_size(layer.units, layer.filter_groups, layer.rule.decay)
-        ).requires_grad_()
+        zero = torch.zeros(1, dtype=sum_dtype(layer.weight.dtype), device=layer.weight.device)
+        size = moments_size(layer.units, layer.filter_groups, layer.rule.decay)
+        # Parameters, because a compiler takes their shapes as constants; unregistered and without storage
+        A, moments = nn.Parameter(zero.expand(layer.weight.shape)), nn.Parameter(zero.expand(size))
         self._leaf_handles = [leaf.register_hook(self._begin_pass) for leaf in (A, moments)]
+        self._leaf_handles.append(A.register_post_accumulate_grad_hook(self._count_sums))
         return A, moments
 
     def _drop(self) -> None:
         self._A.grad = self._moments.grad = None
+        self._accumulated = [0, 0]
+
+    def _count_sums(self, _: Tensor) -> None:
+        self._accumulated[1] += 1
 
     @torch.no_grad()
     def _begin_pass(self, _: Tensor) -> None:
@@ -124,22 +133,29 @@ class Attachment:
         if current == self._pass:
             return
         self._pass = current
-        self.restore()
         weight = self.layer.weight
+        if self._swapped is not None:  # the optimizer raised in its step
+            plain, gated = self._swapped
+            self._swapped = torch.where((gated != 0).any(), plain, 0.0), gated
+            self.restore()
         grad = weight.grad
         if grad is None:
             self._drop()
             self._weight_version = weight._version
-        elif self._A.grad is not None and not self._is_as_left(grad):
-            # scaled, clipped, reduced, or zeroed in place: told apart without a synchronization
-            alive = (grad != 0).any()
+        elif self._A.grad is not None:
+            # zeroed in place, or not: told apart without a synchronization
+            dead = (grad == 0).all()
             for leaf in (self._A, self._moments):
-                leaf.grad = None if leaf.grad is None else torch.where(alive, leaf.grad, 0.0)
-            self._weight_version = weight._version
+                if leaf.grad is not None:
+                    leaf.grad.masked_fill_(dead, 0.0)
+            if not self._is_as_left(grad):
+                self._weight_version = weight._version
+                self._accumulated = [0, 0]
 
     def _end_pass(self, weight: Tensor) -> None:
         assert weight.grad is not None
         self._gradient = (weakref.ref(weight.grad), weight.grad._version)
+        self._accumulated[0] += 1
 
     def _is_as_left(self, grad: Tensor) -> bool:
         return (

@@ -1,0 +1,164 @@
+"""torch.compile: no graph break, no more graphs than the torch model, and the results of eager mode."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from reference_model import small_batches, small_network, summed_loss
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import ghl_kernels as ghl
+from ghl_kernels import HebbianRule
+
+RULES = {
+    "softmax": HebbianRule.ghl(),
+    "kwta, dense": HebbianRule.kwta(0.5),
+    "kwta, sparse": HebbianRule.kwta(1),
+    "sanger": HebbianRule.hpca(),
+    "instar, no gate": HebbianRule.instar(),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before, and one thread, as tensors this small gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    torch.set_num_threads(threads)
+
+
+def _model(rule: HebbianRule, gate_at: str, sums_at: str = "forward") -> nn.Sequential:
+    torch.manual_seed(0)
+    return ghl.convert(small_network(inplace=sums_at == "forward"), rule, gate_at=gate_at, sums_at=sums_at)
+
+
+def _steps(
+    model: nn.Module, run: nn.Module, gate_at: str, sizes: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> list[list[Tensor]]:
+    """The loss and the parameters after one step for every batch."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    gate = ghl.StepGate(optimizer, model) if gate_at == "step" else None
+    results = []
+    for batch in small_batches(*sizes, dtype=dtype):
+        optimizer.zero_grad()
+        loss = summed_loss(run, batch)
+        loss.backward()
+        optimizer.step()
+        results.append([loss.detach().clone(), *(p.detach().clone() for p in model.parameters())])
+    if gate is not None:
+        gate.remove()
+    return results
+
+
+def _compare(
+    rule: HebbianRule,
+    gate_at: str,
+    sums_at: str,
+    backend: object,
+    *,
+    dynamic: bool | None,
+    sizes: tuple[int, ...],
+) -> None:
+    model = _model(rule, gate_at, sums_at).double()
+    twin = copy.deepcopy(model)
+    eager = _steps(twin, twin, gate_at, sizes, torch.float64)
+    compiled_model = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=backend)
+    compiled = _steps(model, compiled_model, gate_at, sizes, torch.float64)
+    for got, want in zip(compiled, eager, strict=True):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("rule", "sums_at"),
+    [*((rule, "forward") for rule in RULES), ("softmax", "backward"), ("kwta, sparse", "backward")],
+)
+@pytest.mark.parametrize("gate_at", ["backward", "step"])
+def test_full_graph_equals_eager(rule: str, gate_at: str, sums_at: str) -> None:
+    _compare(RULES[rule], gate_at, sums_at, "aot_eager", dynamic=None, sizes=(4, 4))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("gate_at", ["backward", "step"])
+@pytest.mark.parametrize("rule", ["softmax", "kwta, sparse"])
+def test_float32_on_every_backend(rule: str, gate_at: str) -> None:
+    model = _model(RULES[rule], gate_at)
+    twin = copy.deepcopy(model)
+    (eager,) = _steps(twin, twin, gate_at, (5,))
+    compiled_model = torch.compile(model, fullgraph=True, backend="aot_eager")
+    (compiled,) = _steps(model, compiled_model, gate_at, (5,))
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "gate_at", "dynamic"),
+    [
+        ("softmax", "backward", None),
+        ("softmax", "step", True),
+        ("kwta, sparse", "backward", True),
+        ("kwta, sparse", "step", None),
+    ],
+)
+def test_changing_batch_sizes_need_no_more_graphs_than_the_torch_model(
+    rule: str, gate_at: str, dynamic: bool | None
+) -> None:
+    """One of the sizes equals a dimension of a weight, with which it must not be confused."""
+    sizes = (4, 7, 3)
+    counters = []
+
+    def counting() -> CompileCounterWithBackend:
+        torch._dynamo.reset()
+        counters.append(CompileCounterWithBackend("aot_eager"))
+        return counters[-1]
+
+    _compare(RULES[rule], gate_at, "forward", counting(), dynamic=dynamic, sizes=sizes)
+    model = small_network().double()
+    run = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counting())
+    _steps(model, run, "none", sizes, torch.float64)
+    ours, theirs = (counter.frame_count for counter in counters)
+    assert ours <= theirs
+
+
+def test_step_mode_accumulates_in_compiled_passes() -> None:
+    model = _model(RULES["softmax"], "step").double()
+    twin = copy.deepcopy(model)
+    weights = []
+    for network, run in ((model, torch.compile(model, fullgraph=True, backend="aot_eager")), (twin, twin)):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+        ghl.StepGate(optimizer, network)
+        for seed in (1, 2):
+            for batch in small_batches(4, 7, seed=seed):
+                summed_loss(run, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(list(network.parameters()))
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_compiled_model_switches_between_training_and_evaluation() -> None:
+    model = _model(RULES["kwta, sparse"], "backward")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    (batch,) = small_batches(4, dtype=torch.float32)
+    summed_loss(compiled, batch).backward()
+    trained = model[0].weight.grad.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(batch[0]), model(batch[0]))
+    model.zero_grad()
+    model.train()
+    summed_loss(compiled, batch).backward()
+    torch.testing.assert_close(model[0].weight.grad, trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate_at", ["backward", "step"])
+def test_inductor(gate_at: str) -> None:
+    _compare(RULES["softmax"], gate_at, "forward", "inductor", dynamic=None, sizes=(4,))

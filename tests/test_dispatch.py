@@ -1,0 +1,286 @@
+"""Which backend runs, what the table says, and the choice between the sparse and the dense sum."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import ghl_kernels as ghl
+from ghl_kernels import _dispatch, _native
+from ghl_kernels.backends import cpu, eager
+
+RULE = ghl.HebbianRule.kwta(2)
+
+
+@pytest.fixture(autouse=True)
+def auto(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test starts from "auto" with nothing logged yet, and leaves no choice behind."""
+    monkeypatch.setattr(_dispatch, "_logged", set())
+    with ghl.use_backend("auto"):
+        yield
+
+
+@pytest.fixture
+def native() -> None:
+    """Skips where the native CPU kernels were not built; broken ones are an error."""
+    try:
+        _native.load_cpu()
+    except _native.NativeNotBuilt as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(
+    params=[_native.NativeNotBuilt("no compiler was found"), _native.NativeBroken("undefined symbol")]
+)
+def no_native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An installation whose native module is missing or does not load; the reason."""
+    monkeypatch.setattr(_native, "_cpu", lambda: request.param)
+    return str(request.param)
+
+
+def selected(dtype: torch.dtype = torch.float32) -> str:
+    return _dispatch.select(torch.device("cpu"), dtype).__name__.rsplit(".", 1)[-1]
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+def test_table_lists_every_backend_with_a_reason() -> None:
+    table = ghl.backends()
+    assert [row.name for row in table] == ["eager", "cpu"]
+    assert table[0].available
+    assert all(isinstance(row.available, bool) and row.reason for row in table)
+
+
+@pytest.mark.usefixtures("native")
+def test_table_says_what_the_native_kernels_are() -> None:
+    row = ghl.backends()[1]
+    assert row.available
+    assert _native.load_cpu().selected_isa() in row.reason
+
+
+def test_table_says_why_native_is_missing(no_native: str) -> None:
+    row = ghl.backends()[1]
+    assert (row.available, row.reason) == (False, no_native)
+
+
+def test_loading_missing_and_broken_modules_are_different_errors(no_native: str) -> None:
+    expected = _native.NativeNotBuilt if "compiler" in no_native else _native.NativeBroken
+    with pytest.raises(expected, match=no_native):
+        _native.load_cpu()
+    assert not issubclass(_native.NativeBroken, _native.NativeNotBuilt)
+
+
+# --- use_backend --------------------------------------------------------------------------------
+
+
+def test_setter() -> None:
+    ghl.use_backend("eager")
+    assert selected() == "eager"
+    ghl.use_backend("auto")
+    assert selected(torch.float64) == "eager"
+
+
+def test_context_managers_nest_and_undo() -> None:
+    first = selected()
+    with ghl.use_backend("eager"):
+        assert selected() == "eager"
+        with ghl.use_backend("auto"):
+            assert selected() == first
+            with ghl.use_backend("eager"):
+                assert selected() == "eager"
+            assert selected() == first
+        assert selected() == "eager"
+    assert selected() == first
+
+
+def test_context_manager_undoes_after_an_exception() -> None:
+    first = selected()
+    with pytest.raises(ArithmeticError), ghl.use_backend("eager"):
+        raise ArithmeticError
+    assert selected() == first
+
+
+def test_unknown_name_changes_nothing() -> None:
+    first = selected()
+    with pytest.raises(ValueError, match="unknown backend 'cuda13'; there are 'auto', 'eager', 'cpu'"):
+        ghl.use_backend("cuda13")
+    assert selected() == first
+
+
+def test_unavailable_backend_raises_with_the_reason(no_native: str) -> None:
+    with pytest.raises(RuntimeError, match=f"backend 'cpu' cannot run here: {no_native}"):
+        ghl.use_backend("cpu")
+    assert selected() == "eager"
+
+
+def test_backward_passes_in_other_threads_see_the_choice() -> None:
+    """Autograd runs devices' passes in threads of its own: the choice must not be a thread's."""
+    import threading
+
+    seen: list[str] = []
+    with ghl.use_backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(selected()))
+        thread.start()
+        thread.join()
+    assert seen == ["eager"]
+
+
+# --- select -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_takes_the_native_kernels(dtype: torch.dtype) -> None:
+    assert selected(dtype) == "cpu"
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_auto_falls_back_where_they_cannot_and_says_so_once(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    u = torch.randn(3, 5).to(dtype)
+    with caplog.at_level(logging.INFO, "ghl_kernels"):
+        for _ in range(3):
+            y = ghl.functional.compete(u, RULE)
+    assert (y != 0).sum(1).tolist() == [2, 2, 2]
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "'cpu'" in record.getMessage()
+    assert str(dtype) in record.getMessage()
+
+
+def test_auto_falls_back_where_native_is_missing(no_native: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "ghl_kernels"):
+        for _ in range(3):
+            assert selected() == "eager"
+    (record,) = caplog.records
+    assert no_native in record.getMessage()
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_explicit_choice_refuses_what_it_cannot_run(dtype: torch.dtype) -> None:
+    u = torch.randn(3, 5).to(dtype)
+    with ghl.use_backend("cpu"), pytest.raises(RuntimeError, match=f"'cpu' cannot run this: .*not {dtype}"):
+        ghl.functional.compete(u, RULE)
+    layer = ghl.GHLLinear(5, 4, dtype=dtype)
+    with ghl.use_backend("cpu"), pytest.raises(RuntimeError, match=str(dtype)):
+        layer(u)
+
+
+def test_explicit_choice_that_is_lost_later_raises_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, native: None
+) -> None:
+    with ghl.use_backend("cpu"):
+        monkeypatch.setattr(_native, "_cpu", lambda: _native.NativeBroken("gone"))
+        with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run .*: gone"):
+            ghl.functional.compete(torch.randn(3, 5), RULE)
+
+
+def test_refusals_name_the_device_and_the_dtype() -> None:
+    assert "cuda" in cpu.refusal("cuda", torch.float32)
+    assert "float64" in cpu.refusal("cpu", torch.float64)
+    assert cpu.refusal("cpu", torch.bfloat16) == ""
+    assert eager.refusal("cuda", torch.float64) == ""
+
+
+def test_devices_without_kernels_of_their_own_run_eager() -> None:
+    assert _dispatch.select(torch.device("cuda"), torch.float32) is eager
+
+
+# --- GHL_BACKEND --------------------------------------------------------------------------------
+
+
+def _run(program: str, backend: str | None) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "GHL_BACKEND"}
+    if backend is not None:
+        environment["GHL_BACKEND"] = backend
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_environment_gives_the_initial_choice() -> None:
+    program = (
+        "import torch, ghl_kernels as ghl; from ghl_kernels import _dispatch\n"
+        "name = lambda: _dispatch.select(torch.device('cpu'), torch.float32).__name__.rsplit('.', 1)[-1]\n"
+        "print(name())\n"
+        "with ghl.use_backend('auto'): pass\n"
+        "print(name())"
+    )
+    run = _run(program, "eager")
+    assert run.stdout.split() == ["eager", "eager"], run.stderr
+
+
+def test_environment_with_an_unknown_name_is_an_error_at_first_use() -> None:
+    run = _run(
+        "import torch, ghl_kernels as ghl; ghl.functional.compete(torch.randn(2, 3), ghl.HebbianRule())",
+        "gpu",
+    )
+    assert run.returncode != 0
+    assert "ValueError: unknown backend 'gpu'; there are 'auto', 'eager', 'cpu'" in run.stderr
+
+
+# --- sparse or dense ----------------------------------------------------------------------------
+
+KINDS = ["linear", "pointwise", "thin", "conv", "depthwise"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel_size", "kind"),
+    [
+        (64, None, "linear"),
+        (1, None, "linear"),
+        (64, (1, 1), "pointwise"),
+        (64, (1,), "pointwise"),
+        (64, (3, 3), "conv"),
+        (64, (1, 3), "conv"),
+        (3, (5, 5), "thin"),
+        (1, (3, 3), "depthwise"),
+        (1, (1, 1), "depthwise"),
+    ],
+)
+def test_kinds_of_layers(channels: int, kernel_size: tuple[int, ...] | None, kind: str) -> None:
+    assert _dispatch.kind_of_layer(channels, kernel_size) == kind
+    assert kind in KINDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("units", [1, 7, 96, 1536])
+def test_sparse_is_for_few_winners(units: int, kind: str) -> None:
+    limit = _dispatch._CROSSOVER["cpu", kind]
+    choices = [_dispatch.prefers_sparse("cpu", kind, units, k) for k in range(1, units + 1)]
+    assert choices.count(True) == int(limit * units)
+    assert sorted(choices, reverse=True) == choices
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_winners_are_kept_only_where_they_are_summed_from(kind: str) -> None:
+    for k in range(1, 97):
+        if _dispatch.keeps_winners("cpu", kind, 96, k):
+            assert _dispatch.prefers_sparse("cpu", kind, 96, k)
+            assert 8 * k < 4 * 96  # bytes of the lists and of u
+
+
+def test_competition_among_all_units_is_dense() -> None:
+    for kind in KINDS:
+        assert not _dispatch.prefers_sparse("cpu", kind, 100, 0)
+        assert not _dispatch.prefers_sparse("cpu", kind, 0, 0)
+
+
+def test_devices_that_were_not_measured_are_dense() -> None:
+    assert not _dispatch.prefers_sparse("meta", "conv", 1000, 1)
+    assert not _dispatch.keeps_winners("meta", "conv", 1000, 1)
+
+
+def test_crossovers_are_fractions() -> None:
+    assert set(_dispatch._CROSSOVER) == {("cpu", kind) for kind in KINDS}
+    assert all(0.0 <= limit <= 1.0 for limit in _dispatch._CROSSOVER.values())
