@@ -1,0 +1,92 @@
+"""Where the sparse correlation stops paying: ``python -m bench.crossover`` from the repository root.
+
+For each layer shape and fraction k/N of winners, both whole paths from u to A are timed in interleaved
+rounds: the winners' lists and the sparse sum against dense k-WTA and the library's weight gradient. The
+crossover is where the cost ratio passes 1, interpolated in log(k/N). It belongs in the table of
+ghl_kernels/_dispatch.py, rounded down so that a wrong guess costs little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.correlation import Correlation, conv_correlation, linear_correlation
+from bench.interleave import Candidate, interleave, pinned_threads
+from bench.parity import assert_close
+from bench.shapes import DEEPHEBB, ConvShape
+
+FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+CONVOLUTIONS = (
+    *DEEPHEBB,
+    ConvShape(32, 64, 64, 32, 3),
+    ConvShape(32, 256, 256, 8, 3),
+    ConvShape(32, 256, 256, 16, 1),
+)
+LINEAR = ((512, 1024, 1024), (2048, 2304, 4096), (64, 4096, 4096))
+
+
+def crossover(fractions: Sequence[float], costs: Sequence[float]) -> float:
+    """The largest fraction at which the sparse path is no slower: its cost ratio (sparse / dense) is 1.
+
+    Interpolated in log(fraction) between the last fraction with a cost of at most 1 and the next one;
+    0 if the sparse path never wins, the last fraction if it always does.
+    """
+    wins = [i for i, cost in enumerate(costs) if cost <= 1.0]
+    if not wins:
+        return 0.0
+    last = wins[-1]
+    if last == len(costs) - 1:
+        return fractions[last]
+    share = (1.0 - costs[last]) / (costs[last + 1] - costs[last])
+    return math.exp(math.log(fractions[last]) * (1.0 - share) + math.log(fractions[last + 1]) * share)
+
+
+def sparse_cost(case: Correlation, options: argparse.Namespace) -> float:
+    """Time of the sparse path from u to A as a multiple of the dense path's."""
+    expected = case.expected()
+    assert_close("sparse", case.sparse(*case.winner_lists()), expected)
+    assert_close("dense", case.dense(case.activities()), expected)
+    timings = interleave(
+        [
+            Candidate("dense", lambda: case.dense(case.activities())),
+            Candidate("sparse", lambda: case.sparse(*case.winner_lists())),
+        ],
+        rounds=options.rounds,
+        threads=options.threads,
+    )
+    return timings["sparse"].cost.median
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m bench.crossover", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default 9)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    options = parser.parse_args(arguments)
+    builders: dict[str, Callable[[float], Correlation]] = {
+        **{f"conv {shape}": lambda f, shape=shape: conv_correlation(shape, f) for shape in CONVOLUTIONS},
+        **{
+            f"linear P={p} {d}->{n}": lambda f, p=p, d=d, n=n: linear_correlation(p, d, n, f)
+            for p, d, n in LINEAR
+        },
+    }
+    out = Table(title=f"Sparse path / dense path, {options.threads} threads", title_justify="left")
+    out.add_column("layer")
+    for fraction in FRACTIONS:
+        out.add_column(f"k/N {fraction:g}", justify="right")
+    out.add_column("crossover", justify="right")
+    with pinned_threads(options.threads):
+        for name, build in builders.items():
+            costs = [sparse_cost(build(fraction), options) for fraction in FRACTIONS]
+            out.add_row(name, *(f"{cost:.2f}x" for cost in costs), f"{crossover(FRACTIONS, costs):.3f}")
+    Console(width=None if sys.stdout.isatty() else 150).print(out)
+
+
+if __name__ == "__main__":
+    main()
