@@ -93,7 +93,7 @@ def environment() -> dict[str, object]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ghl_kernels": _version("ghl_kernels"),

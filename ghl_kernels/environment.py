@@ -18,7 +18,11 @@ def collect() -> dict[str, Any]:
     """Versions, machine, threads, native build and backends, as JSON types."""
     return {
         "versions": _versions(),
-        "machine": {"cpu": _cpu_name(), "platform": platform.platform(), "processors": _usable_processors()},
+        "machine": {
+            "cpu": _cpu_name(),
+            "platform": f"{platform.system()} {platform.machine()}",
+            "processors": _usable_processors(),
+        },
         "threads": torch.get_num_threads(),
         "native": _native_build(),
         "backends": [

@@ -19,10 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 import ghl_kernels as ghl
 from ghl_kernels import HebbianRule
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed"),
-    pytest.mark.slow,
-]
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without distributed"
+)
 
 WORLD = 2
 STEPS = 3
