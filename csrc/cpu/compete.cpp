@@ -1,8 +1,9 @@
 // Competition, sixteen positions at a time: the lanes of a vector are positions, and the loops run over
 // the units. Tiles of positions are copied to a float buffer in that order, whatever their layout and
-// dtype, compete there in place, and are copied out. Lanes never meet, so no result depends on the
-// number of threads or on how positions are grouped.
+// dtype, compete there, and are copied out, or written at once where that is as good. Lanes never meet, so no
+// result depends on the number of threads or on how positions are grouped.
 #include <limits>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 #include "cpu/select.h"
@@ -13,11 +14,12 @@ namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Stays in a small L2 cache. More groups in a tile make longer runs of positions in memory.
-constexpr int64_t kTileBytes = 64 * 1024;
+// A first-level data cache. More groups in a tile make longer runs of positions in memory.
+constexpr int64_t kTileBytes = 32 * 1024;
 constexpr int64_t kMaxGroups = 4;
 
 // Planes that a tile is read and written ahead of: their stride is out of the hardware prefetchers' reach.
+// A prefetch past the end does nothing.
 constexpr int64_t kAhead = 8;
 
 // ---- Tiles: [groups][units][16 positions] ----
@@ -204,13 +206,15 @@ float invert(float temperature) {
   return inverse > std::numeric_limits<float>::max() ? std::numeric_limits<float>::max() : inverse;
 }
 
-// ---- One group: what is asked for, in place ----
+// ---- One group: what is asked for ----
 
 struct Group {
   const CompeteParams& params;
-  float* data;    // [units][16]
-  int64_t first;  // row of the first lane
-  int count;      // lanes that are rows
+  float* data;  // [units][16]
+  float* y;     // where the activities go: the output itself where its lanes are adjacent floats, else data
+  int64_t y_stride;  // between units
+  int64_t first;     // row of the first lane
+  int count;         // lanes that are rows
   Extremes extremes;
   Selection selection;  // with winners > 0
 };
@@ -274,7 +278,8 @@ void activate_winners(const Group& group, Activity activity) {
   const Floats losers = select(group.extremes.nan, quiet_nan(), broadcast(0.0f));
   for (int64_t n = 0; n < group.params.units; ++n) {
     const Floats u = load(group.data + n * kLanes);
-    store(group.data + n * kLanes, select(referee.winners(u), negate(u, activity(u)), losers));
+    __builtin_prefetch(group.y + (n + kAhead) * group.y_stride, 1);
+    store(group.y + n * group.y_stride, select(referee.winners(u), negate(u, activity(u)), losers));
   }
 }
 
@@ -296,7 +301,7 @@ void activate_all(const Group& group, Activity activity) {
   Negation negate(group.params.anti, group.extremes.largest);
   for (int64_t n = 0; n < group.params.units; ++n) {
     const Floats u = load(group.data + n * kLanes);
-    store(group.data + n * kLanes, select(group.extremes.nan, quiet_nan(), negate(u, activity(u))));
+    store(group.y + n * group.y_stride, select(group.extremes.nan, quiet_nan(), negate(u, activity(u))));
   }
 }
 
@@ -345,7 +350,7 @@ Floats sum_and_keep(const Group& group, const Exponential& exponential) {
 
 void scale(const Group& group, Floats factor) {
   for (int64_t n = 0; n < group.params.units; ++n) {
-    store(group.data + n * kLanes, load(group.data + n * kLanes) * factor);
+    store(group.y + n * group.y_stride, load(group.data + n * kLanes) * factor);
   }
 }
 
@@ -435,7 +440,7 @@ void load_tile(const CompeteParams& params, const Plan& plan, int64_t first, flo
     // unit by unit, so that each visit to a plane takes several lines of it
     const T* run = find_position(u, layout, params, first);
     for (int64_t n = 0; n < params.units; ++n, run += layout.stride_unit) {
-      const T* ahead = n + kAhead < params.units ? run + kAhead * layout.stride_unit : run;
+      const T* ahead = run + kAhead * layout.stride_unit;
       for (int64_t g = 0; g < plan.groups_per_tile; ++g) {
         __builtin_prefetch(ahead + g * kLanes);
         store(tile + (g * params.units + n) * kLanes, load(run + g * kLanes));
@@ -449,47 +454,46 @@ void load_tile(const CompeteParams& params, const Plan& plan, int64_t first, flo
   }
 }
 
+// Competes and writes y: at once where the lanes of y are adjacent floats, otherwise through the group's
+// data.
 template <class T>
-void store_tile(const CompeteParams& params, const Plan& plan, int64_t first, const float* tile) {
-  T* y = static_cast<T*>(params.y);
+void compete_to(Group& group, int64_t rows) {
+  const CompeteParams& params = group.params;
   const Layout& layout = params.y_layout;
-  if (is_one_run(params, plan, layout, first)) {
-    T* run = find_position(y, layout, params, first);
-    for (int64_t n = 0; n < params.units; ++n, run += layout.stride_unit) {
-      T* ahead = n + kAhead < params.units ? run + kAhead * layout.stride_unit : run;
-      for (int64_t g = 0; g < plan.groups_per_tile; ++g) {
-        __builtin_prefetch(ahead + g * kLanes, 1);
-        store(run + g * kLanes, load(tile + (g * params.units + n) * kLanes));
-      }
+  const auto lanes = find_lanes(static_cast<T*>(params.y), layout, params, group.first, rows);
+  if constexpr (std::is_same_v<T, float>) {
+    if (lanes.adjacent) {
+      group.y = lanes.at[0];
+      group.y_stride = layout.stride_unit;
+      return compete_group(group);
     }
-    return;
   }
-  for (int64_t g = 0; g < groups_from(plan, first); ++g) {
-    const auto lanes = find_lanes(y, layout, params, first + g * kLanes, plan.rows);
-    store_group(tile + g * params.units * kLanes, params.units, lanes, layout.stride_unit);
-  }
+  compete_group(group);
+  store_group(group.data, params.units, lanes, layout.stride_unit);
 }
 
 void compete_tile(const CompeteParams& params, const Plan& plan, int64_t first, float* tile) {
-  if (params.u_dtype == DType::bf16) {
+  const bool is_bf16 = params.u_dtype == DType::bf16;
+  if (is_bf16) {
     load_tile<BFloat16>(params, plan, first, tile);
   } else {
     load_tile<float>(params, plan, first, tile);
   }
-  for (int64_t row = first; row < at_most(first + plan.groups_per_tile * kLanes, plan.rows); row += kLanes) {
-    float* data = tile + (row - first) * params.units;
-    Group group{params, data, row, static_cast<int>(at_most(plan.rows - row, kLanes)), {}, {}};
-    group.extremes = find_extremes(data, params.units);
-    if (params.winners > 0)
-      group.selection =
-          select_winners(data, params.units, params.winners, params.u_dtype == DType::bf16, group.extremes);
-    compete_group(group);
-  }
-  if (params.y == nullptr) return;
-  if (params.y_dtype == DType::bf16) {
-    store_tile<BFloat16>(params, plan, first, tile);
-  } else {
-    store_tile<float>(params, plan, first, tile);
+  for (int64_t g = 0; g < groups_from(plan, first); ++g) {
+    const int64_t row = first + g * kLanes;
+    float* data = tile + g * params.units * kLanes;
+    const int count = static_cast<int>(at_most(plan.rows - row, kLanes));
+    Group group{params, data, data, kLanes, row, count, find_extremes(data, params.units), {}};
+    if (params.winners > 0) {
+      group.selection = select_winners(data, params.units, params.winners, is_bf16, group.extremes);
+    }
+    if (params.y == nullptr) {
+      compete_group(group);
+    } else if (params.y_dtype == DType::bf16) {
+      compete_to<BFloat16>(group, plan.rows);
+    } else {
+      compete_to<float>(group, plan.rows);
+    }
   }
 }
 

@@ -206,8 +206,11 @@ class Referee {
 
   // The lanes in which the next unit wins; units for which anyone_wins is false may be left out.
   GHL_INLINE Mask winners(Floats u) {
-    tie_ = (u == selection_.threshold) & (selection_.ties > used_);
-    used_ = increment(tie_, used_);
+    // every unit at the threshold is counted, the ties that lose too: one addition is then all that the
+    // next unit waits for
+    const Mask level = u == selection_.threshold;
+    tie_ = level & (selection_.ties > seen_);
+    seen_ = increment(level, seen_);
     return (u > selection_.threshold) | tie_;
   }
 
@@ -216,7 +219,7 @@ class Referee {
 
  private:
   Selection selection_;
-  Ints used_ = broadcast(int32_t{0});
+  Ints seen_ = broadcast(int32_t{0});
   Mask tie_ = none();
 };
 
