@@ -116,6 +116,13 @@ class LayerFunction(torch.autograd.Function):
         ctx.plan = plan
         ctx.set_materialize_grads(False)  # else zeros of A's size for the outputs that are only kept
         ctx.has_bias = bias is not None
+        if plan.geometry is None:
+            # Bits depend on the order of products and sums, which torch takes from the strides of x: mm's
+            # gradient keeps a column-major layout, and only a contiguous x is flattened before the bias is
+            # added. Asked here, because a compiler does not know strides in backward.
+            rows = x.reshape(-1, x.shape[-1])
+            ctx.column_major = rows.stride() == (1, rows.shape[0])
+            ctx.flattened = x.dim() < 3 or x.is_contiguous()
         if kept[0] is None:
             ctx.save_for_backward(x, weight, u)
         else:
@@ -157,10 +164,15 @@ def _layer_backward(
     """The library's gradients, by the calls that autograd itself makes for the torch layer."""
     needs_x, _, needs_bias = ctx.needs_input_grad[:3]
     if plan.geometry is None:
-        rows = grad_u.reshape(-1, weight.shape[0])
-        grad_x = rows.mm(weight).view(x.shape) if needs_x else None
-        grad_weight = rows.t().mm(x.reshape(-1, x.shape[-1])) if plan.needs_grad else None
-        return grad_x, grad_weight, rows.sum(0) if needs_bias else None
+        rows, inputs = grad_u.reshape(-1, weight.shape[0]), x.reshape(-1, x.shape[-1])
+        grad_x = grad_bias = None
+        if needs_x:
+            grad_x = weight.t().mm(rows.t()).t() if ctx.column_major else rows.mm(weight)
+            grad_x = grad_x.reshape(x.shape)
+        grad_weight = rows.t().mm(inputs) if plan.needs_grad else None
+        if needs_bias:
+            grad_bias = rows.sum(0) if ctx.flattened else grad_u.sum(tuple(range(x.dim() - 1)))
+        return grad_x, grad_weight, grad_bias
     g = plan.geometry
     grads = torch.ops.aten.convolution_backward(
         grad_u,

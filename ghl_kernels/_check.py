@@ -108,3 +108,9 @@ def conv_input(x: Tensor, geometry: Geometry) -> None:
         raise ValueError(
             f"the kernel {geometry.kernel_size} does not fit into x of shape {tuple(x.shape)}: {geometry}"
         )
+
+
+def choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """One of the allowed words, ValueError otherwise."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")

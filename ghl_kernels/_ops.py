@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from ghl_kernels import _check, _dispatch
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends.eager import moments_size, sum_dtype
-from ghl_kernels.rule import Competition
+from ghl_kernels.rule import Activity, Competition, Decay, Normalize
 
 _LIB = torch.library.Library("ghl", "DEF")
 _COMPETITION = "str activity, int winners, float temperature, bool anti"
@@ -46,6 +46,8 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
         for key in ("CPU", "CUDA"):
             _LIB.impl(name, implementation, key)
+        # no gradient flows; without this torch hangs a node on the results that warns in backward
+        _LIB.impl(name, torch.library.fallthrough_kernel, "Autograd")
         return body
 
     return register
@@ -61,7 +63,7 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @_op(f"compete(Tensor u, int dim, {_COMPETITION}) -> Tensor")
 def _compete(u: Tensor, dim: int, activity: str, winners: int, temperature: float, anti: bool) -> Tensor:
     _guard_competition(u, dim, winners)
-    competition = Competition(activity, winners, temperature, anti)
+    competition = _competition(activity, winners, temperature, anti)
     return _dispatch.select(u.device, u.dtype).compete(u, dim % u.dim(), competition)
 
 
@@ -79,7 +81,7 @@ def _competition_state(
     u: Tensor, dim: int, activity: str, winners: int, temperature: float, anti: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     _guard_competition(u, dim, winners)
-    competition = Competition(activity, winners, temperature, anti)
+    competition = _competition(activity, winners, temperature, anti)
     return _dispatch.select(u.device, u.dtype).competition_state(u, dim % u.dim(), competition)
 
 
@@ -98,7 +100,7 @@ def _winners(
     u: Tensor, dim: int, activity: str, winners: int, temperature: float, anti: bool
 ) -> tuple[Tensor, Tensor]:
     _guard_winner_lists(u, dim, winners)
-    competition = Competition(activity, winners, temperature, anti)
+    competition = _competition(activity, winners, temperature, anti)
     return _dispatch.select(u.device, u.dtype).winners(u, dim % u.dim(), competition)
 
 
@@ -119,7 +121,8 @@ def _linear_sums(
     x: Tensor, u: Tensor, activity: str, winners: int, temperature: float, anti: bool, decay: str
 ) -> tuple[Tensor, Tensor]:
     _guard_linear(x, u, winners)
-    competition = Competition(activity, winners, temperature, anti)
+    _check.choice("decay", decay, get_args(Decay))
+    competition = _competition(activity, winners, temperature, anti)
     return _dispatch.select(x.device, x.dtype).linear_sums(x, u, competition, decay)
 
 
@@ -148,7 +151,8 @@ def _conv_sums(
 ) -> tuple[Tensor, Tensor]:
     geometry = _geometry(kernel_size, stride, padding, dilation, groups)
     _guard_conv(x, u, geometry, winners)
-    competition = Competition(activity, winners, temperature, anti)
+    _check.choice("decay", decay, get_args(Decay))
+    competition = _competition(activity, winners, temperature, anti)
     return _dispatch.select(x.device, x.dtype).conv_sums(x, u, geometry, competition, decay)
 
 
@@ -234,7 +238,7 @@ def _(
 
 @_op(f"delta(Tensor A, Tensor moments, Tensor weight, {_RULE}) -> Tensor")
 def _delta(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str) -> Tensor:
-    _guard_sums(A, moments, weight, groups, decay)
+    _guard_sums(A, moments, weight, groups, decay, normalize)
     return _dispatch.select(weight.device, weight.dtype).delta(A, moments, weight, groups, decay, normalize)
 
 
@@ -248,7 +252,7 @@ def _(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, norma
 def _gate_(
     grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
 ) -> None:
-    _guard_sums(A, moments, weight, groups, decay)
+    _guard_sums(A, moments, weight, groups, decay, normalize)
     _check.shape("grad", grad, weight.shape)
     _check.floats(grad=grad, weight=weight)
     _check.writable("grad", grad)
@@ -267,7 +271,7 @@ def _(
 def _learn_(
     weight: Tensor, A: Tensor, moments: Tensor, lr: float, groups: int, decay: str, normalize: str
 ) -> None:
-    _guard_sums(A, moments, weight, groups, decay)
+    _guard_sums(A, moments, weight, groups, decay, normalize)
     _check.writable("weight", weight)
     _dispatch.select(weight.device, weight.dtype).learn_(weight, A, moments, lr, groups, decay, normalize)
     torch.autograd.graph.increment_version(weight)
@@ -289,6 +293,11 @@ def _geometry(
     groups: int,
 ) -> Geometry:
     return Geometry(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _competition(activity: str, winners: int, temperature: float, anti: bool) -> Competition:
+    _check.choice("activity", activity, get_args(Activity))
+    return Competition(activity, winners, temperature, anti)
 
 
 def _guard_competition(u: Tensor, dim: int, winners: int) -> None:
@@ -329,7 +338,9 @@ def _guard_lists(x: Tensor, unit: Tensor, activity: Tensor, positions: int) -> N
         )
 
 
-def _guard_sums(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str) -> None:
+def _guard_sums(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str) -> None:
+    _check.choice("decay", decay, get_args(Decay))
+    _check.choice("normalize", normalize, get_args(Normalize))
     _check.floats(A=A, moments=moments, weight=weight)
     _check.shape("A", A, weight.shape)
     _check.shape("moments", moments, (moments_size(weight.shape[0], groups, decay),))

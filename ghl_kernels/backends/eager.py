@@ -38,7 +38,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def compete(u: Tensor, dim: int, competition: Competition) -> Tensor:
     """y = c(u), same shape and dtype as u."""
-    return _compete(u.to(sum_dtype(u.dtype)), dim, competition).to(u.dtype)
+    return torch.empty_like(u).copy_(_compete(u.to(sum_dtype(u.dtype)), dim, competition))
 
 
 def competition_state(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +66,7 @@ def winners(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tens
     unit = unit.clamp_max(v.shape[1] - 1)
     activity = y.gather(1, unit)
     unit[:, 0].masked_fill_(v.isnan().any(-1), -1)
-    return unit.to(torch.int32), activity
+    return unit.to(torch.int32).contiguous(), activity.contiguous()
 
 
 def linear_sums(

@@ -1,0 +1,496 @@
+"""The layers: torch's forward, input and bias gradient bit for bit, and the rule's weight gradient."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import LAYOUTS, Judgement, assert_as_good, assert_gated, embed, judge_delta, padded_input
+from strategies import LayerCase, crossover, layer_cases
+from torch import Tensor, nn
+
+import ghl_kernels as ghl
+from ghl_kernels import HebbianRule, functional, reference
+
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    # torch's own remark on padding="same" with even kernels, which are tested on purpose
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
+]
+
+KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+G_RULE = HebbianRule(activity="linear", decay="none", normalize="none")
+sums_at = st.sampled_from(("forward", "backward"))
+
+
+def make(kind: str, rule: HebbianRule | None = None, **options: Any) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A torch layer, ours with the same parameters, and an input."""
+    sizes = (7, 11) if kind == "Linear" else (6, 11, 3)
+    plain = getattr(nn, kind)(*sizes)
+    ours = getattr(ghl, f"GHL{kind}")(*sizes, rule=rule, **options)
+    ours.load_state_dict(plain.state_dict())
+    dims = 0 if kind == "Linear" else int(kind[4])
+    return plain, ours, torch.randn(5, sizes[0], *(4 + i for i in range(dims)))
+
+
+def run(layer: nn.Module, x: Tensor, grad_u: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output, input gradient and bias gradient of one pass; the weight's gradient is left in the layer."""
+    layer.zero_grad()
+    x = x.detach().requires_grad_()
+    u = layer(x)
+    u.backward(torch.ones_like(u) if grad_u is None else grad_u)
+    return u.detach(), x.grad, None if layer.bias is None else layer.bias.grad
+
+
+def assert_same_bits(actual: Tensor | None, expected: Tensor | None) -> None:
+    if expected is None:
+        assert actual is None
+        return
+    assert actual is not None
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
+    assert torch.equal(actual.contiguous().view(bits), expected.contiguous().view(bits))
+
+
+def judge_layer(
+    layer: nn.Module, x: Tensor, u: Tensor, grad_u: Tensor, rule: HebbianRule
+) -> tuple[Judgement, Tensor, Tensor]:
+    """H, and G with the sum of the absolute values of its terms, for the layer's own u."""
+    weight = layer.weight.detach()
+    if isinstance(layer, nn.Linear):
+        delta, arguments, dim = reference.linear_delta, {}, -1
+    else:
+        delta, dim = reference.conv_delta, 1
+        arguments = {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
+        x = padded_input(layer, x)
+        u, grad_u = (t if t.dim() == x.dim() else t.unsqueeze(0) for t in (u, grad_u))
+    x, grad_u = x.detach().double(), grad_u.double()
+    G = delta(x, grad_u, weight.double(), G_RULE, **arguments)
+    magnitude = delta(x.abs(), grad_u.abs(), weight.double(), G_RULE, **arguments)
+    return judge_delta(delta, x, u, weight, rule, dim, **arguments), G, magnitude
+
+
+def assert_weight_grad(
+    layer: nn.Module, x: Tensor, u: Tensor, grad_u: Tensor, rule: HebbianRule, G_dtype: torch.dtype
+) -> None:
+    judgement, G, magnitude = judge_layer(layer, x, u, grad_u, rule)
+    grad = layer.weight.grad
+    assert grad.dtype == layer.weight.dtype
+    if grad.dtype in (torch.float16, torch.bfloat16):
+        # what the parameter's dtype can hold: half a unit in the last place, and the smallest number
+        info = torch.finfo(grad.dtype)
+        rounding = judgement.oracle.abs() * info.eps / 2 + info.smallest_normal * info.eps
+        judgement = judgement._replace(floor=judgement.floor + rounding)
+    if rule.gate == "none":
+        assert_as_good(grad, -judgement.eager, -judgement.oracle, judgement.floor)
+    else:
+        assert_gated(grad, judgement, G, magnitude, torch.finfo(G_dtype).eps)
+
+
+# --- against torch's layers and the reference ---------------------------------------------------
+
+
+def _fits(case: LayerCase) -> bool:
+    """float16 cannot hold unnormalised sums with certainty."""
+    return not (case.dtype == torch.float16 and case.rule.normalize == "none")
+
+
+@given(case=layer_cases().filter(_fits), sums_at=sums_at)
+@settings(max_examples=2 * settings.default.max_examples)
+def test_layer(backend: str, case: LayerCase, sums_at: str) -> None:
+    plain, ours = case.layers(sums_at=sums_at)
+    x = case.x()
+    before = x.clone()
+    grad_u = case.grad_u(plain(x))
+    with crossover(case.path):
+        expected, actual = run(plain, x, grad_u), run(ours, x, grad_u)
+    for ours_, torch_ in zip(actual, expected, strict=True):
+        assert_same_bits(ours_, torch_)
+    assert torch.equal(x, before)
+    assert_weight_grad(ours, x, actual[0], grad_u, case.rule, case.dtype)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (5, 7), (64, 33), (5, 1), (2, 3, 7), (1, 3, 7), (2, 2, 2, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_bits(backend: str, shape: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
+    """Every pair of layouts: torch picks the order of products and sums by the strides of x."""
+    plain, ours = nn.Linear(shape[-1], 13, bias, dtype=dtype), ghl.GHLLinear(shape[-1], 13, bias, dtype=dtype)
+    ours.load_state_dict(plain.state_dict())
+    for layout, grad_layout in itertools.product(LAYOUTS, LAYOUTS):
+        x = embed(torch.randn(shape).to(dtype), layout)
+        grad_u = embed(torch.randn(*shape[:-1], 13).to(dtype), grad_layout)
+        for actual, expected in zip(run(ours, x, grad_u), run(plain, x, grad_u), strict=True):
+            assert_same_bits(actual, expected)
+
+
+@given(case=layer_cases().filter(lambda case: case.dtype == torch.float32), sums_at=sums_at)
+def test_autocast(backend: str, case: LayerCase, sums_at: str) -> None:
+    """bfloat16 products and float32 sums; the decay takes the float32 weight."""
+    plain, ours = case.layers(sums_at=sums_at)
+    x = case.x()
+    with torch.autocast("cpu", torch.bfloat16), crossover(case.path):
+        u = plain(x)
+        assert u.dtype == torch.bfloat16
+        grad_u = dataclasses.replace(case, dtype=torch.bfloat16).grad_u(u)
+        expected, actual = run(plain, x, grad_u), run(ours, x, grad_u)
+    for ours_, torch_ in zip(actual, expected, strict=True):
+        assert_same_bits(ours_, torch_)
+    assert_weight_grad(ours, x.to(torch.bfloat16), actual[0], grad_u, case.rule, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("winners", [None, 1])
+def test_only_what_is_asked_for_is_computed(backend: str, kind: str, winners: int | None) -> None:
+    _, ours, x = make(kind, HebbianRule(winners=winners))
+    ours(x).sum().backward()
+    first = ours.weight.grad.clone()
+    assert x.grad is None
+    ours.zero_grad()
+    ours.bias.requires_grad_(False)
+    ours(x).sum().backward()
+    assert ours.bias.grad is None
+    assert torch.equal(ours.weight.grad, first)
+    (grad,) = torch.autograd.grad(ours(x).sum(), ours.weight)
+    assert torch.equal(grad, first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_accumulate_over_passes(backend: str, kind: str) -> None:
+    _, ours, x = make(kind)
+    run(ours, x)
+    first = ours.weight.grad.clone()
+    ours(x).sum().backward()
+    assert torch.equal(ours.weight.grad, 2 * first)
+    ours.zero_grad()
+    u = ours(x)
+    u.sum().backward(retain_graph=True)
+    u.sum().backward()
+    assert torch.equal(ours.weight.grad, 2 * first)
+
+
+def test_layers_in_a_network(backend: str) -> None:
+    """Every layer's gradient, where each one's dL/du comes from the next."""
+    model = nn.Sequential(
+        ghl.GHLConv2d(3, 8, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        ghl.GHLLinear(128, 5),
+    )
+    twin = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 5)
+    )
+    twin.load_state_dict(model.state_dict())
+    x, target = torch.randn(6, 3, 8, 8), torch.randint(5, (6,))
+    for network in (model, twin):
+        nn.functional.cross_entropy(network(x), target).backward()
+    assert torch.equal(model[0].bias.grad, twin[0].bias.grad)
+    H = reference.conv_delta(x, model[0](x).detach(), twin[0].weight.detach(), HebbianRule(), padding=1)
+    torch.testing.assert_close(model[0].weight.grad, H.abs() * twin[0].weight.grad.sign())
+
+
+# --- what follows the layer ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", [HebbianRule(), HebbianRule.kwta(1), HebbianRule(winners=1)], ids=str)
+@pytest.mark.parametrize("shape", ["batch", "unbatched", "leading", "strided"])
+def test_in_place_consumers(backend: str, kind: str, rule: HebbianRule, shape: str) -> None:
+    plain, ours, x = make(kind, rule)
+    if shape == "unbatched":
+        x = x[0]
+    elif kind == "Linear" and shape != "batch":
+        x = torch.randn(3, 5, 7) if shape == "leading" else torch.randn(5, 3, 7).transpose(0, 1)
+    elif shape == "strided":
+        x = torch.randn(2 * x.shape[0], *x.shape[1:])[::2]
+    skip = torch.randn_like(plain(x))
+    wanted = plain(x).detach()
+
+    def through(layer: nn.Module, consume: Any) -> tuple[Tensor, Tensor, Tensor]:
+        layer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        out = consume(layer(inputs))
+        out.square().sum().backward()
+        return out.detach(), inputs.grad, layer.weight.grad
+
+    def add(out: Tensor) -> Tensor:
+        out += skip
+        return out
+
+    for consume in (nn.ReLU(inplace=True), add):
+        out, grad_x, weight_grad = through(ours, consume)
+        expected = through(plain, consume)
+        assert torch.equal(out, expected[0])
+        assert torch.equal(grad_x, expected[1])
+        grad_u = 2 * out if consume is add else 2 * out * (wanted > 0)
+        judgement, G, magnitude = judge_layer(plain, x, wanted, grad_u, rule)
+        assert_gated(weight_grad, judgement, G, magnitude, torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_u_that_is_kept_must_not_change(backend: str, kind: str) -> None:
+    _, ours, x = make(kind, HebbianRule(), sums_at="backward")
+    u = ours(x)
+    out = nn.functional.relu(u, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_winners_are_kept_instead_of_u(backend: str, kind: str) -> None:
+    """Whatever sums_at says: the output may change in place."""
+    _, ours, x = make(kind, HebbianRule.kwta(1), sums_at="backward")
+    run(ours, x)
+    expected = ours.weight.grad.clone()
+    ours.zero_grad()
+    ours(x).mul_(1.0).sum().backward()
+    assert torch.equal(ours.weight.grad, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gate", ["sign", "none"])
+def test_double_backward_raises(backend: str, kind: str, gate: str) -> None:
+    _, ours, x = make(kind, HebbianRule(gate=gate))
+    x.requires_grad_()
+    u = ours(x)
+    grads = torch.autograd.grad(u.square().sum(), [x, ours.weight], create_graph=True)
+    for grad in grads:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward(retain_graph=True)
+
+
+# --- when a layer is its torch layer ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["eval", "no_grad", "inference", "frozen"])
+def test_plain_layer_when_not_learning(
+    backend: str, kind: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, ours, x = make(kind)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the rule ran")
+
+    monkeypatch.setattr(ours, "_apply_rule", refuse)
+    if how in ("no_grad", "inference"):
+        with torch.no_grad() if how == "no_grad" else torch.inference_mode():
+            assert torch.equal(ours(x), plain(x))
+            assert not ours(x).requires_grad
+        return
+    if how == "eval":
+        ours.eval()
+    else:
+        ours.weight.requires_grad_(False)
+        plain.weight.requires_grad_(False)
+    for actual, expected in zip(run(ours, x), run(plain, x), strict=True):
+        assert_same_bits(actual, expected)
+    if how == "frozen":
+        assert ours.weight.grad is None
+    else:
+        assert torch.equal(ours.weight.grad, plain.weight.grad)
+
+
+# --- learning in place --------------------------------------------------------------------------
+
+
+@given(case=layer_cases(gate="none").filter(_fits))
+def test_learn(backend: str, case: LayerCase) -> None:
+    plain, ours = case.layers()
+    x = case.x()
+    with torch.no_grad():
+        u = plain(x)
+    before, version = ours.weight.detach().clone(), ours.weight._version
+    lr = 0.5
+    with crossover(case.path):
+        returned = ours.learn_(x, lr)
+    assert_same_bits(returned, u)
+    assert not returned.requires_grad
+    assert ours.weight.grad is None
+    assert ours.weight._version > version
+    judgement, _, _ = judge_layer(plain, x, u, u, case.rule)
+    weight = before.double()
+    rounding = torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps * weight.abs()
+    assert_as_good(
+        ours.weight.detach(),
+        before.to(judgement.eager.dtype) + lr * judgement.eager,
+        weight + lr * judgement.oracle,
+        lr * judgement.floor
+        + rounding
+        + torch.finfo(case.dtype).eps / 2 * (weight + lr * judgement.oracle).abs(),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learn_ignores_gate_mode_and_grad(backend: str, kind: str) -> None:
+    plain, ours, x = make(kind)
+    twins = [copy.deepcopy(ours) for _ in range(3)]
+    twins[1].set_rule(HebbianRule(gate="none"), gate_at="step")
+    twins[2].eval()
+    for layer in (ours, *twins):
+        assert torch.equal(layer.learn_(x.requires_grad_(), 0.1), plain(x))
+        assert torch.equal(layer.weight, ours.weight)
+        assert torch.equal(layer.bias, plain.bias)
+    assert not torch.equal(ours.weight, plain.weight)
+
+
+def test_learn_that_breaks_a_graph_is_noticed(backend: str) -> None:
+    """The version counter: a weight saved for backward must not change unseen."""
+    _, ours, x = make("Linear")
+    out = ours(x.requires_grad_())
+    ours.learn_(x, 0.1)
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("lr", [float("nan"), float("inf")])
+def test_learn_refuses_a_learning_rate(backend: str, lr: float) -> None:
+    _, ours, x = make("Linear")
+    with pytest.raises(ValueError, match=f"lr must be finite, got {lr}"):
+        ours.learn_(x, lr)
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["forward", "learn_"])
+def test_bad_input(backend: str, kind: str, method: str) -> None:
+    _, ours, x = make(kind)
+
+    def call(x: Any) -> None:
+        ours.learn_(x, 0.1) if method == "learn_" else ours(x)
+
+    with pytest.raises(TypeError, match=r"x must be a real floating-point tensor, got torch\.int64"):
+        call(x.long())
+    with pytest.raises(TypeError, match=r"got torch\.complex64"):
+        call(x.to(torch.complex64))
+    with pytest.raises(ValueError, match="x is a meta tensor"):
+        call(x.to("meta"))
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        call([1.0])
+    with pytest.raises(ValueError, match=r"x must be .*, got shape \(5, 3"):
+        call(x[:, :3])
+    if kind != "Linear":
+        with pytest.raises(ValueError, match="x must be"):
+            call(x[0, 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_dtypes_need_autocast(backend: str, kind: str) -> None:
+    _, ours, x = make(kind)
+    with pytest.raises(TypeError, match=r"weight's dtype torch.float32 outside autocast, got torch.float64"):
+        ours(x.double())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rule": "ghl"}, TypeError, "rule must be a HebbianRule, got 'ghl'"),
+        ({"rule": HebbianRule.ghl}, TypeError, "rule must be a HebbianRule"),
+        ({"gate_at": "forward"}, ValueError, "gate_at must be one of .*'step'.*got 'forward'"),
+        ({"sums_at": "step"}, ValueError, "sums_at must be one of .*'backward'.*got 'step'"),
+        ({"rule": HebbianRule(winners=12)}, ValueError, "got 12 of 11"),
+        ({"rule": HebbianRule(winners=0.01, losers="anti")}, ValueError, "one winner"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_options(kind: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make(kind, **options)
+
+
+# --- as modules ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_subclass_with_the_same_state(kind: str) -> None:
+    plain, ours, x = make(kind)
+    assert isinstance(ours, type(plain))
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    assert ours.load_state_dict(plain.state_dict()) == plain.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(x), plain(x))
+    assert dict(ours.named_buffers()) == {}
+
+
+def test_positional_arguments_are_those_of_torch() -> None:
+    assert ghl.GHLLinear(3, 4, False).bias is None
+    for dims in (1, 2, 3):
+        arguments = (4, 6, 3, 2, 1, 1, 2, False, "circular", "cpu", torch.float64)
+        plain = getattr(nn, f"Conv{dims}d")(*arguments)
+        ours = getattr(ghl, f"GHLConv{dims}d")(*arguments, rule=HebbianRule.kwta(2))
+        ours.load_state_dict(plain.state_dict())
+        for name in ("stride", "padding", "dilation", "groups", "bias", "padding_mode"):
+            assert getattr(ours, name) == getattr(plain, name)
+        x = torch.randn(2, 4, *(5,) * dims, dtype=torch.float64)
+        assert torch.equal(ours(x), plain(x))
+    assert ghl.GHLLinear(3, 4, True, "cpu", torch.float64).weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
+def test_copies(kind: str, how: str) -> None:
+    _, ours, x = make(kind, HebbianRule.kwta(2), sums_at="backward")
+    if how == "pickle":
+        twin = pickle.loads(pickle.dumps(ours))
+    elif how == "deepcopy":
+        twin = copy.deepcopy(ours)
+    else:
+        file = io.BytesIO()
+        torch.save(ours, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert type(twin) is type(ours)
+    assert (twin.rule, twin.gate_at, twin.sums_at) == (ours.rule, "backward", "backward")
+    run(ours, x)
+    run(twin, x)
+    assert torch.equal(ours.weight.grad, twin.weight.grad)
+    assert twin.weight is not ours.weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_repr_shows_the_rule(kind: str) -> None:
+    plain, ours, _ = make(kind, HebbianRule.kwta(2), gate_at="step", sums_at="backward")
+    rule = "rule=HebbianRule(activity='linear', winners=2)"
+    assert repr(ours) == f"GHL{repr(plain)[:-1]}, {rule}, gate_at='step', sums_at='backward')"
+    assert repr(make(kind)[1]) == f"GHL{repr(plain)[:-1]}, rule=HebbianRule())"
+
+
+def test_default_rule_is_ghl() -> None:
+    assert ghl.GHLLinear(3, 4).rule == HebbianRule.ghl()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_hooks_and_parametrized_forward(backend: str, kind: str, training: bool) -> None:
+    """Forward hooks see and may replace the output, as on the torch layer."""
+    plain, ours, x = make(kind)
+    for layer in (plain, ours):
+        layer.train(training)
+        layer.register_forward_hook(lambda module, inputs, out: 2 * out)
+    assert torch.equal(ours(x), plain(x))
+
+
+def test_layer_equals_functional(backend: str) -> None:
+    _, ours, x = make("Conv2d", HebbianRule(winners=3, decay="instar"))
+    grad_u = torch.randn_like(ours(x))
+    u, _, _ = run(ours, x, grad_u)
+    expected = functional.conv_weight_grad(x, u, grad_u, ours.weight, ours.rule)
+    torch.testing.assert_close(ours.weight.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_step_mode_needs_a_step_gate(backend: str) -> None:
+    _, ours, x = make("Linear", gate_at="step")
+    with pytest.raises(RuntimeError, match="StepGate"):
+        ours(x)
+    assert ours.eval()(x).shape == (5, 11)
