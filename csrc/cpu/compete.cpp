@@ -483,9 +483,11 @@ void compete_tile(const CompeteParams& params, const Plan& plan, int64_t first, 
     const int64_t row = first + g * kLanes;
     float* data = tile + g * params.units * kLanes;
     const int count = static_cast<int>(at_most(plan.rows - row, kLanes));
-    Group group{params, data, data, kLanes, row, count, find_extremes(data, params.units), {}};
+    Group group{params, data, data, kLanes, row, count, {}, {}};
     if (params.winners > 0) {
       group.selection = select_winners(data, params.units, params.winners, is_bf16, group.extremes);
+    } else {
+      group.extremes = find_extremes(data, params.units);
     }
     if (params.y == nullptr) {
       compete_group(group);

@@ -85,46 +85,67 @@ GHL_INLINE void sort_bitonic(PartF (&v)[K]) {
   }
 }
 
-// The K largest of one part of the lanes, in descending order, to list[K][16]. Batches of K units are
-// sorted and merged into the K largest so far.
+// Sorts a batch of K and merges it into the K largest so far, which stay in descending order.
 template <int K>
-void network_part(const float* group, int64_t units, float* list) {
+GHL_INLINE void merge_batch(PartF (&batch)[K], PartF (&top)[K]) {
+  sort<0, K>(batch);
+#pragma GCC unroll 64
+  for (int i = 0; i < K; ++i) top[i] = max(top[i], batch[K - 1 - i]);
+  sort_bitonic<0, K>(top);
+}
+
+// The K largest of one part of the lanes, in descending order, to list[K][16]; NaN to nan[16] where a unit
+// is NaN (the list means nothing there).
+template <int K>
+void network_part(const float* group, int64_t units, float* list, float* nan) {
   PartF top[K];
+  PartF batch[K];
+  PartF bad = {};
 #pragma GCC unroll 64
   for (int i = 0; i < K; ++i) top[i] = PartF{} - kInfinity;
-  for (int64_t n = 0; n < units; n += K) {
-    PartF batch[K];
+  int64_t n = 0;
+  for (; n + K <= units; n += K) {
 #pragma GCC unroll 64
     for (int i = 0; i < K; ++i) {
-      batch[i] = n + i < units ? load_part(group + (n + i) * kLanes) : PartF{} - kInfinity;
+      batch[i] = load_part(group + (n + i) * kLanes);
+      bad = batch[i] == batch[i] ? bad : batch[i];
     }
-    sort<0, K>(batch);
-#pragma GCC unroll 64
-    for (int i = 0; i < K; ++i) top[i] = max(top[i], batch[K - 1 - i]);
-    sort_bitonic<0, K>(top);
+    merge_batch<K>(batch, top);
+  }
+  if (n < units) {
+    for (int i = 0; i < K; ++i) {
+      batch[i] = n + i < units ? load_part(group + (n + i) * kLanes) : PartF{} - kInfinity;
+      bad = batch[i] == batch[i] ? bad : batch[i];
+    }
+    merge_batch<K>(batch, top);
   }
 #pragma GCC unroll 64
   for (int i = 0; i < K; ++i) store_part(list + i * kLanes, top[i]);
+  store_part(nan, bad);
 }
 
 template <int K>
-Selection select_by_network(const float* group, int64_t units, int64_t winners) {
+Selection select_by_network(const float* group, int64_t units, int64_t winners, Extremes& extremes) {
   float list[K * kLanes];
-  for (int lane = 0; lane < kLanes; lane += kWidth) network_part<K>(group + lane, units, list + lane);
+  float nan[kLanes];
+  for (int lane = 0; lane < kLanes; lane += kWidth) {
+    network_part<K>(group + lane, units, list + lane, nan + lane);
+  }
+  extremes = {load(list), is_nan(load(nan))};
   const Floats threshold = load(list + (winners - 1) * kLanes);
   Ints above = broadcast(int32_t{0});
   for (int64_t i = 0; i < winners; ++i) above = increment(load(list + i * kLanes) > threshold, above);
   return {threshold, broadcast(static_cast<int32_t>(winners)) - above};
 }
 
-Selection select_few(const float* group, int64_t units, int64_t winners) {
-  if (winners <= 1) return select_by_network<1>(group, units, winners);
-  if (winners <= 2) return select_by_network<2>(group, units, winners);
-  if (winners <= 4) return select_by_network<4>(group, units, winners);
-  if (winners <= 8) return select_by_network<8>(group, units, winners);
-  if (winners <= 16) return select_by_network<16>(group, units, winners);
-  if (winners <= 32) return select_by_network<32>(group, units, winners);
-  return select_by_network<64>(group, units, winners);
+Selection select_few(const float* group, int64_t units, int64_t winners, Extremes& extremes) {
+  if (winners <= 1) return select_by_network<1>(group, units, winners, extremes);
+  if (winners <= 2) return select_by_network<2>(group, units, winners, extremes);
+  if (winners <= 4) return select_by_network<4>(group, units, winners, extremes);
+  if (winners <= 8) return select_by_network<8>(group, units, winners, extremes);
+  if (winners <= 16) return select_by_network<16>(group, units, winners, extremes);
+  if (winners <= 32) return select_by_network<32>(group, units, winners, extremes);
+  return select_by_network<64>(group, units, winners, extremes);
 }
 
 // Integers in the order of the floats; the low bits that are zero in every float are dropped, which
@@ -183,15 +204,17 @@ Selection select_by_bisection(const float* group, int64_t units, int64_t winners
 }
 
 // winners counts from 1; bfloat16 says that every u is a bfloat16 number.
+// The extremes are found on the way: the network passes over all units anyhow, the bisection starts from
+// them.
 Selection select_winners(const float* group, int64_t units, int64_t winners, bool bfloat16,
-                         const Extremes& extremes) {
+                         Extremes& extremes) {
   Selection selection;
   if (winners <= kNetworkWinners) {
-    selection = select_few(group, units, winners);
-  } else if (bfloat16) {
-    selection = select_by_bisection<16>(group, units, winners, extremes);
+    selection = select_few(group, units, winners, extremes);
   } else {
-    selection = select_by_bisection<0>(group, units, winners, extremes);
+    extremes = find_extremes(group, units);
+    selection = bfloat16 ? select_by_bisection<16>(group, units, winners, extremes)
+                         : select_by_bisection<0>(group, units, winners, extremes);
   }
   selection.threshold = select(extremes.nan, quiet_nan(), selection.threshold);
   return selection;
