@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ghl_kernels import _dispatch
 from ghl_kernels._geometry import Geometry
+from ghl_kernels.backends.eager import sum_dtype
 from ghl_kernels.rule import Competition, HebbianRule
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -201,7 +202,7 @@ class GateFunction(torch.autograd.Function):
     def forward(
         weight: Tensor, moments_size: int, groups: int, decay: str, normalize: str, gate: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        zero = weight.new_zeros((), dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        zero = weight.new_zeros((), dtype=sum_dtype(weight.dtype))
         return weight.view_as(weight), zero.expand(weight.shape), zero.expand(moments_size)
 
     @staticmethod

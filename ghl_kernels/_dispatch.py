@@ -110,8 +110,6 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
         RuntimeError: the backend chosen by use_backend cannot run it.
     """
     if _Choice.name != "auto":
-        if _Choice.name not in _MODULES:
-            raise _unknown(_Choice.name)
         module = _load(_Choice.name)
         refusal = module.refusal(device.type, dtype)
         if refusal:
@@ -129,19 +127,15 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
 def _check_available(name: str) -> None:
     if name == "auto":
         return
-    if name not in _MODULES:
-        raise _unknown(name)
     available, reason = _load(name).status()
     if not available:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
 
 
-def _unknown(name: str) -> ValueError:
-    return ValueError(f"unknown backend {name!r}; there are 'auto', {', '.join(map(repr, _MODULES))}")
-
-
 @functools.cache
 def _load(name: str) -> ModuleType:
+    if name not in _MODULES:
+        raise ValueError(f"unknown backend {name!r}; there are 'auto', {', '.join(map(repr, _MODULES))}")
     return importlib.import_module(_MODULES[name])
 
 

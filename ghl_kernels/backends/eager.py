@@ -76,16 +76,14 @@ def linear_sums(
     activities = activities or _float_activities
     x, u = x.reshape(-1, x.shape[-1]), u.reshape(-1, u.shape[-1])
     dtype = sum_dtype(x.dtype)
-    A = x.new_zeros((u.shape[1], x.shape[1]), dtype=dtype)
+    A: Tensor | None = None
     moments = new_moments(u.shape[1], 1, decay, u.shape[0], dtype, x.device)
     for rows in _blocks(u.shape[0], x.shape[1] + u.shape[1], x.dtype):
         y = activities(u[rows], 1, competition)
-        if rows.stop - rows.start == u.shape[0]:
-            torch.mm(y.t(), x[rows].to(dtype), out=A)
-        else:
-            A.addmm_(y.t(), x[rows].to(dtype))
+        block = x[rows].to(dtype)
+        A = y.t().mm(block) if A is None else A.addmm_(y.t(), block)
         add_moments(moments, y, 1, decay)
-    return A, moments
+    return (x.new_zeros((u.shape[1], x.shape[1]), dtype=dtype) if A is None else A), moments
 
 
 def conv_sums(
