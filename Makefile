@@ -3,21 +3,34 @@
 PYTHON ?= python3
 # Any torch >= 2.8 will do; this one is what the project is developed with.
 TORCH ?= torch==2.13.0
+# The one that torch's GPU builds bring; without a GPU it compiles and interprets the Triton kernels.
+TRITON ?= triton==3.7.1
+# Triton of the oldest supported generation, for the compile check only.
+OLD_TRITON ?= triton==3.6.0
+# Tests in parallel, each process with one thread: more of them only get in each other's way.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*/* csrc/include/ghl/* python/*)
 
-.PHONY: demo test slow lint format sanitize bench clean help
+.PHONY: demo test slow aot gpu-dry-run lint format sanitize bench clean help
 
 demo: $(VENV)/demo  ## train one small network five ways, print the table, draw the figure
 	$(BIN)/python -m ghl_kernels demo
 
 test: $(VENV)/dev  ## the whole test suite except the slow part
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
-slow: $(VENV)/dev  ## the tests that take longer
-	$(BIN)/python -m pytest -m slow
+slow: $(VENV)/dev build/triton-old  ## the tests that take longer, up to an hour
+	GHL_TRITON_36="$(CURDIR)/build/triton-old" $(PYTEST) -m slow
+
+aot: $(VENV)/dev build/triton-old  ## compile every Triton kernel for every architecture, with both Triton versions
+	PYTHON=$(BIN)/python tools/aot_check
+	PYTHONPATH=build/triton-old PYTHON=$(BIN)/python tools/aot_check
+
+gpu-dry-run: $(VENV)/dev  ## walk through tools/gpu_check without a GPU
+	$(BIN)/python tools/gpu_check --dry-run
 
 lint: $(VENV)/dev  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
@@ -53,5 +66,8 @@ $(VENV)/demo: $(VENV)/torch $(SOURCES)
 	touch $@
 
 $(VENV)/dev: $(VENV)/torch $(SOURCES)
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --editable ".[dev]" "$(TRITON)"
 	touch $@ $(VENV)/demo
+
+build/triton-old: $(VENV)/torch
+	$(BIN)/pip install --quiet --no-deps --target $@ "$(OLD_TRITON)"

@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     at_step: bool
     is_sparse: bool  # A is summed from the winners alone
     keeps: str  # what backward needs beside x: "winners", "sums" or "u"
+    is_pair: bool  # A and G are summed together, in backward
 
 
 def make_plan(
@@ -63,7 +64,9 @@ def make_plan(
         keeps = "winners"
     else:
         keeps = "sums" if sums_at == "forward" else "u"
-    return Plan(geometry, units, competition, rule.decay, rule.gate == "sign", at_step, is_sparse, keeps)
+    needs_grad = rule.gate == "sign"
+    is_pair = needs_grad and keeps == "u" and not is_sparse and _dispatch.computes_pairs(weight.device.type)
+    return Plan(geometry, units, competition, rule.decay, needs_grad, at_step, is_sparse, keeps, is_pair)
 
 
 def sums(x: Tensor, u: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -73,6 +76,13 @@ def sums(x: Tensor, u: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     if plan.geometry is None:
         return torch.ops.ghl.linear_sums(x, u, *plan.competition, plan.decay)
     return torch.ops.ghl.conv_sums(x, u, *plan.geometry, *plan.competition, plan.decay)
+
+
+def pair(x: Tensor, u: Tensor, grad_u: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """A, the moments and G of one pass."""
+    if plan.geometry is None:
+        return torch.ops.ghl.linear_pair(x, u, grad_u, *plan.competition, plan.decay)
+    return torch.ops.ghl.conv_pair(x, u, grad_u, *plan.geometry, *plan.competition, plan.decay)
 
 
 def winners(u: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -138,9 +148,13 @@ class LayerFunction(torch.autograd.Function):
         plan: Plan = ctx.plan
         x, weight, *kept = ctx.saved_tensors
         keeps = plan.keeps
-        if keeps == "u":  # before the library's gradients: y and they are never held together
+        if plan.is_pair:
+            A, moments, G = pair(x, kept[0], grad_u, plan)
+        elif keeps == "u":  # before the library's gradients: y and they are never held together
             A, moments = sums(x, kept[0], plan)
         grad_x, grad_weight, grad_bias = _layer_backward(ctx, grad_u, x, weight.to(x.dtype), plan)
+        if plan.is_pair:
+            grad_weight = G
         if keeps == "winners":  # after them: A is not held while the library works
             A, moments = winner_sums(x, kept[0], kept[1], plan)
         elif keeps == "sums":
@@ -170,11 +184,15 @@ def _layer_backward(
         if needs_x:
             grad_x = weight.t().mm(rows.t()).t() if ctx.column_major else rows.mm(weight)
             grad_x = grad_x.reshape(x.shape)
-        grad_weight = rows.t().mm(inputs) if plan.needs_grad else None
+        grad_weight = rows.t().mm(inputs) if plan.needs_grad and not plan.is_pair else None
         if needs_bias:
             grad_bias = rows.sum(0) if ctx.flattened else grad_u.sum(tuple(range(x.dim() - 1)))
         return grad_x, grad_weight, grad_bias
     g = plan.geometry
+    # CPU libraries sum the bias gradient inside the weight pass: asking for it alone may change its bits
+    needs_weight = (plan.needs_grad and not plan.is_pair) or (needs_bias and grad_u.device.type == "cpu")
+    if not (needs_x or needs_weight or needs_bias):
+        return None, None, None
     grads = torch.ops.aten.convolution_backward(
         grad_u,
         x,
@@ -186,8 +204,7 @@ def _layer_backward(
         False,
         [0] * len(g.kernel_size),
         g.groups,
-        # libraries sum the bias gradient inside the weight pass; asking for it alone may change its bits
-        [needs_x, plan.needs_grad or needs_bias, needs_bias],
+        [needs_x, needs_weight, needs_bias],
     )
     return tuple(grads)
 

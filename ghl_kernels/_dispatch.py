@@ -14,18 +14,28 @@ import torch
 
 logger = logging.getLogger("ghl_kernels")
 
-_MODULES = {"eager": "ghl_kernels.backends.eager", "cpu": "ghl_kernels.backends.cpu"}
+_MODULES = {
+    "eager": "ghl_kernels.backends.eager",
+    "cpu": "ghl_kernels.backends.cpu",
+    "triton": "ghl_kernels.backends.triton",
+}
 # By device type, best first. `auto` takes the first one that can run.
-_PREFERENCE = {"cpu": ("cpu", "eager")}
+_PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("triton", "eager")}
 
 # Largest winners / units at which the sparse correlation beats the library's dense weight gradient, by
-# device type and kind of layer. Measured by bench/crossover.py on an AMD EPYC (Zen 4), float32.
+# device type and kind of layer. On "cpu" measured by bench/crossover.py on an AMD EPYC (Zen 4), float32; on
+# "cuda" an estimate that no GPU has confirmed yet: a gather of patches is bound by L2.
 _CROSSOVER: dict[tuple[str, str], float] = {
     ("cpu", "linear"): 0.25,
     ("cpu", "pointwise"): 0.16,
     ("cpu", "thin"): 0.17,
     ("cpu", "conv"): 0.40,
     ("cpu", "depthwise"): 0.0,
+    ("cuda", "linear"): 0.01,
+    ("cuda", "pointwise"): 0.01,
+    ("cuda", "thin"): 0.01,
+    ("cuda", "conv"): 0.01,
+    ("cuda", "depthwise"): 0.0,
 }
 
 # Lists of winners take 8 bytes a winner: up to here they are well below a float u's 4 bytes a unit.
@@ -72,13 +82,21 @@ def keeps_winners(device_type: str, kind: str, units: int, winners: int) -> bool
     return prefers_sparse(device_type, kind, units, winners) and winners <= _WORTH_KEEPING * units
 
 
+def computes_pairs(device_type: str) -> bool:
+    """Whether A and G are summed by one operation where both are due, in place of the library's own G.
+
+    On a CPU the library sums G and the input's gradient in one call, which a second operation would undo.
+    """
+    return device_type == "cuda" or _Choice.name == "triton"
+
+
 def backends() -> list[BackendStatus]:
     """Every backend with its state, and the reason where it cannot run."""
     return [BackendStatus(name, *_load(name).status()) for name in _MODULES]
 
 
 class use_backend:  # noqa: N801  reads as a function, and is one until it is entered
-    """Choose the backend of every operation: ``"auto"``, ``"cpu"`` or ``"eager"``.
+    """Choose the backend of every operation: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"eager"``.
 
     A call takes effect at once; as a context manager it is undone on leaving. The choice is the
     process's, not the thread's, because autograd runs backward passes in threads of its own.
@@ -111,13 +129,13 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """
     if _Choice.name != "auto":
         module = _load(_Choice.name)
-        refusal = module.refusal(device.type, dtype)
+        refusal = module.refusal(device, dtype)
         if refusal:
             raise RuntimeError(f"backend {_Choice.name!r} cannot run this: {refusal}")
         return module
     for name in _PREFERENCE.get(device.type, ()):
         module = _load(name)
-        refusal = module.refusal(device.type, dtype)
+        refusal = module.refusal(device, dtype)
         if not refusal:
             return module
         _log_once(f"backend {name!r} is passed over: {refusal}")

@@ -6,13 +6,15 @@ version counter, and every operation has a fake with the guards of the real one.
 
 Names: A is the correlation sum_p y_p x_p^T; the moments are what the decay needs of y beside A
 (instar: sum_p y_p; subspace and sanger: sum_p y_p y_p^T per group; else nothing), then the number
-of positions P. Both are sums over the data, in float32 (float64 for float64 inputs).
+of positions P; G is the weight gradient sum_p (dL/du)_p x_p^T. All are sums over the data, in float32
+(float64 for float64 inputs).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, get_args
 
 import torch
@@ -36,11 +38,12 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def register(body: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(body)
-        def implementation(first: Tensor, *args: Any) -> Any:
+        def implementation(first: Tensor | list[Tensor], *args: Any) -> Any:
+            device = (first if isinstance(first, Tensor) else first[0]).device.type
             with torch.no_grad():
-                if torch.is_autocast_enabled(first.device.type):
+                if torch.is_autocast_enabled(device):
                     # the sums are float32 by definition; autocast would run their products in 16 bits
-                    with torch.autocast(first.device.type, enabled=False):
+                    with torch.autocast(device, enabled=False):
                         return body(first, *args)
                 return body(first, *args)
 
@@ -176,6 +179,93 @@ def _(
 
 
 @_op(
+    f"linear_pair(Tensor x, Tensor u, Tensor grad_u, {_COMPETITION}, str decay)"
+    " -> (Tensor A, Tensor moments, Tensor G)"
+)
+def _linear_pair(
+    x: Tensor,
+    u: Tensor,
+    grad_u: Tensor,
+    activity: str,
+    winners: int,
+    temperature: float,
+    anti: bool,
+    decay: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _guard_linear(x, u, winners)
+    _guard_grad(u, grad_u)
+    _check.choice("decay", decay, get_args(Decay))
+    competition = _competition(activity, winners, temperature, anti)
+    return _dispatch.select(x.device, x.dtype).linear_pair(x, u, grad_u, competition, decay)
+
+
+@_fake("linear_pair")
+def _(
+    x: Tensor,
+    u: Tensor,
+    grad_u: Tensor,
+    activity: str,
+    winners: int,
+    temperature: float,
+    anti: bool,
+    decay: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _guard_linear(x, u, winners)
+    _guard_grad(u, grad_u)
+    A, moments = _empty_sums(x, (u.shape[-1], x.shape[-1]), 1, decay)
+    return A, moments, torch.empty_like(A)
+
+
+@_op(
+    f"conv_pair(Tensor x, Tensor u, Tensor grad_u, {_CONV}, {_COMPETITION}, str decay)"
+    " -> (Tensor A, Tensor moments, Tensor G)"
+)
+def _conv_pair(
+    x: Tensor,
+    u: Tensor,
+    grad_u: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activity: str,
+    winners: int,
+    temperature: float,
+    anti: bool,
+    decay: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = _geometry(kernel_size, stride, padding, dilation, groups)
+    _guard_conv(x, u, geometry, winners)
+    _guard_grad(u, grad_u)
+    _check.choice("decay", decay, get_args(Decay))
+    competition = _competition(activity, winners, temperature, anti)
+    return _dispatch.select(x.device, x.dtype).conv_pair(x, u, grad_u, geometry, competition, decay)
+
+
+@_fake("conv_pair")
+def _(
+    x: Tensor,
+    u: Tensor,
+    grad_u: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activity: str,
+    winners: int,
+    temperature: float,
+    anti: bool,
+    decay: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _guard_conv(x, u, _geometry(kernel_size, stride, padding, dilation, groups), winners)
+    _guard_grad(u, grad_u)
+    A, moments = _empty_sums(x, (u.shape[1], x.shape[1] // groups, *kernel_size), groups, decay)
+    return A, moments, torch.empty_like(A)
+
+
+@_op(
     "linear_winner_sums(Tensor x, Tensor unit, Tensor activity, SymInt units, str decay)"
     " -> (Tensor A, Tensor moments)"
 )
@@ -252,10 +342,7 @@ def _(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, norma
 def _gate_(
     grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
 ) -> None:
-    _guard_sums(A, moments, weight, groups, decay, normalize)
-    _check.shape("grad", grad, weight.shape)
-    _check.floats(grad=grad, weight=weight)
-    _check.writable("grad", grad)
+    _guard_gate(grad, A, moments, weight, groups, decay, normalize)
     _dispatch.select(weight.device, weight.dtype).gate_(grad, A, moments, weight, groups, decay, normalize)
     torch.autograd.graph.increment_version(grad)
 
@@ -265,6 +352,44 @@ def _(
     grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
 ) -> None:
     _check.shape("grad", grad, weight.shape)
+
+
+@_op(
+    "gate_all_(Tensor(a!)[] grads, Tensor[] A, Tensor[] moments, Tensor[] weights,"
+    " SymInt[] groups, str[] decays, str[] normalizes) -> ()"
+)
+def _gate_all_(
+    grads: Sequence[Tensor],
+    A: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    decays: Sequence[str],
+    normalizes: Sequence[str],
+) -> None:
+    layers = list(zip(grads, A, moments, weights, groups, decays, normalizes, strict=True))
+    by_backend: dict[ModuleType, list[tuple[Any, ...]]] = {}
+    for grad, *sums in layers:
+        _guard_gate(grad, *sums)
+        weight = sums[2]
+        by_backend.setdefault(_dispatch.select(weight.device, weight.dtype), []).append((grad, *sums))
+    for module, members in by_backend.items():
+        module.gate_all_(members)
+    torch.autograd.graph.increment_version(grads)
+
+
+@_fake("gate_all_")
+def _(
+    grads: Sequence[Tensor],
+    A: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    decays: Sequence[str],
+    normalizes: Sequence[str],
+) -> None:
+    for grad, weight in zip(grads, weights, strict=True):
+        _check.shape("grad", grad, weight.shape)
 
 
 @_op(f"learn_(Tensor(a!) weight, Tensor A, Tensor moments, float lr, {_RULE}) -> ()")
@@ -325,6 +450,12 @@ def _guard_conv(x: Tensor, u: Tensor, geometry: Geometry, winners: int) -> None:
     _check.winners(winners, u.shape[1])
 
 
+def _guard_grad(u: Tensor, grad_u: Tensor) -> None:
+    _check.floats(u=u, grad_u=grad_u)
+    _check.same_dtype(u=u, grad_u=grad_u)
+    _check.shape("grad_u", grad_u, u.shape)
+
+
 def _guard_lists(x: Tensor, unit: Tensor, activity: Tensor, positions: int) -> None:
     _check.floats(x=x, activity=activity)
     if unit.dtype != torch.int32 or activity.dtype != sum_dtype(x.dtype):
@@ -349,6 +480,15 @@ def _guard_sums(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: 
             f"A and the moments must be {sum_dtype(weight.dtype)} for a {weight.dtype} weight, "
             f"got {A.dtype} and {moments.dtype}"
         )
+
+
+def _guard_gate(
+    grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
+) -> None:
+    _guard_sums(A, moments, weight, groups, decay, normalize)
+    _check.shape("grad", grad, weight.shape)
+    _check.floats(grad=grad, weight=weight)
+    _check.writable("grad", grad)
 
 
 def _empty_sums(x: Tensor, shape: Sequence[int], groups: int, decay: str) -> tuple[Tensor, Tensor]:

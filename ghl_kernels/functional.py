@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghl_kernels import _check
-from ghl_kernels._autograd import make_plan, sums
+from ghl_kernels._autograd import Plan, make_plan, pair, sums
 from ghl_kernels._geometry import Geometry, make_geometry
 from ghl_kernels.backends.eager import conv_correlate
 from ghl_kernels.rule import HebbianRule
@@ -78,7 +78,13 @@ def linear_weight_grad(x: Tensor, u: Tensor, grad_u: Tensor, weight: Tensor, rul
     """
     _check.floats(x=x, u=u, grad_u=grad_u, weight=weight)
     _check.shape("grad_u", grad_u, u.shape)
-    H = linear_delta(x, u, weight, rule)
+    _check.same_dtype(x=x, u=u)
+    _check.linear(x, u)
+    _check.shape("weight", weight, (u.shape[-1], x.shape[-1]))
+    plan = make_plan(None, weight, rule, sums_at="backward")
+    if plan.is_pair and grad_u.dtype == u.dtype:
+        return _gated_pair(x, u, grad_u, weight, rule, plan)
+    H = _delta(x, u, weight, rule, None)
     if rule.gate == "none":
         return -H
     rows = grad_u.reshape(-1, grad_u.shape[-1])
@@ -129,6 +135,9 @@ def conv_weight_grad(
     _check.floats(x=x, u=u, grad_u=grad_u, weight=weight)
     _check.shape("grad_u", grad_u, u.shape)
     x, u, geometry = _conv_inputs(x, u, weight, stride, padding, dilation, groups)
+    plan = make_plan(geometry, weight, rule, sums_at="backward")
+    if plan.is_pair and grad_u.dtype == u.dtype:
+        return _gated_pair(x, u, grad_u.reshape(u.shape), weight, rule, plan)
     H = _delta(x, u, weight, rule, geometry)
     if rule.gate == "none":
         return -H
@@ -151,6 +160,16 @@ def _delta(x: Tensor, u: Tensor, weight: Tensor, rule: HebbianRule, geometry: Ge
     A, moments = sums(x, u, make_plan(geometry, weight, rule))
     groups = geometry.groups if geometry else 1
     return torch.ops.ghl.delta(A, moments, weight, groups, rule.decay, rule.normalize)
+
+
+def _gated_pair(
+    x: Tensor, u: Tensor, grad_u: Tensor, weight: Tensor, rule: HebbianRule, plan: Plan
+) -> Tensor:
+    """The gated gradient from one pass over x."""
+    A, moments, G = pair(x, u, grad_u, plan)
+    groups = plan.geometry.groups if plan.geometry else 1
+    torch.ops.ghl.gate_(G, A, moments, weight, groups, rule.decay, rule.normalize)
+    return G
 
 
 def _conv_inputs(

@@ -77,20 +77,16 @@ class Attachment:
             torch.zeros_like(leaf, memory_format=torch.contiguous_format) for leaf in (self._A, self._moments)
         ]
 
-    def gate(self, A: Tensor, moments: Tensor, scale: Tensor | None) -> None:
+    def rule_arguments(self, A: Tensor, moments: Tensor) -> tuple[Any, ...]:
+        """What ghl::delta takes."""
+        layer, rule = self.layer, self.layer.rule
+        return A, moments, layer.weight.detach(), layer.filter_groups, rule.decay, rule.normalize
+
+    def swap(self, gated: Tensor) -> None:
         """Let weight.grad be the gated gradient, until :meth:`restore`."""
-        layer, rule, weight = self.layer, self.layer.rule, self.layer.weight
-        plain = weight.grad
+        plain = self.layer.weight.grad
         assert plain is not None
-        arguments = (A, moments, weight.detach(), layer.filter_groups, rule.decay, rule.normalize)
-        if rule.gate == "none":
-            gated = torch.ops.ghl.delta(*arguments).neg_().to(plain.dtype)
-        else:
-            gated = plain.clone()
-            torch.ops.ghl.gate_(gated, *arguments)
-        if scale is not None:
-            gated.mul_(scale)  # fused optimizers divide by it
-        self._swapped, weight.grad = (plain, gated), gated
+        self._swapped, self.layer.weight.grad = (plain, gated), gated
 
     def restore(self) -> None:
         """Put the plain gradient back, so that accumulation without zeroing goes on from it."""
@@ -242,9 +238,10 @@ class StepGate:
         self._restore()
         scale = getattr(self._optimizer, "grad_scale", None)
         local = [attachment.sums() for attachment in self._attachments]  # all checked before any is gated
-        for attachment, sums in zip(self._attachments, self._reduced(local), strict=True):
-            if sums is not None:
-                attachment.gate(sums[0], sums[1], scale)
+        total = self._reduced(local)
+        active = [(a, sums) for a, sums in zip(self._attachments, total, strict=True) if sums is not None]
+        for attachment, gated in _gated(active):
+            attachment.swap(gated if scale is None else gated.mul_(scale))  # fused optimizers divide by it
 
     def _reduced(self, local: list[list[Tensor] | None]) -> list[list[Tensor] | None]:
         """The sums over all processes, by one flat all-reduce per dtype; copies, so local sums stay local."""
@@ -261,6 +258,22 @@ class StepGate:
                 total = [next(parts).view(t.shape) for t in filled[i]]
                 reduced[i] = None if local[i] is None else total
         return reduced
+
+
+def _gated(active: list[tuple[Attachment, list[Tensor]]]) -> Iterator[tuple[Attachment, Tensor]]:
+    """The gated gradient of every layer: all those with a gate by one operation."""
+    batch = []
+    for attachment, (A, moments) in active:
+        plain, arguments = attachment.layer.weight.grad, attachment.rule_arguments(A, moments)
+        assert plain is not None
+        if attachment.layer.rule.gate == "none":
+            yield attachment, torch.ops.ghl.delta(*arguments).neg_().to(plain.dtype)
+        else:
+            batch.append((attachment, plain.clone(), *arguments))
+    if batch:
+        attachments, gated, *rest = zip(*batch, strict=True)
+        torch.ops.ghl.gate_all_(gated, *rest)
+        yield from zip(attachments, gated, strict=True)
 
 
 def _layers_held(optimizer: Optimizer, model: nn.Module) -> list[tuple[str, GHLLayer]]:

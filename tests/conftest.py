@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,15 @@ import pytest
 import torch
 
 import ghl_kernels as ghl
-from ghl_kernels import _native
+from ghl_kernels import _dispatch, _native
+
+# Triton reads it when it is imported, so that its kernels run on CPU tensors in the whole session.
+os.environ["TRITON_INTERPRET"] = "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    import triton_bf16
+
+    triton_bf16.install()
 
 # Derandomized: CI must be red for the same examples as the machine at hand. GHL_EXAMPLES scales every sweep.
 hypothesis.settings.register_profile(
@@ -34,20 +43,40 @@ def seed() -> None:
     torch.manual_seed(20260113)
 
 
-@pytest.fixture(params=["eager", "cpu"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on each backend; the cpu one is skipped, with its reason, where it is not built.
+@pytest.fixture(params=["eager", "cpu", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the test on each backend; one that is not built or installed is skipped, with its reason.
 
-    "cpu" is chosen by "auto", which takes it wherever it can run, so that float16 and float64 go through
-    the fallback that users get. A native module that is built and does not load is an error, never a skip.
+    "cpu" and "triton" are chosen by "auto", which takes them wherever they can run, so that other dtypes go
+    through the fallback that users get; triton's kernels run in its interpreter. A native module that is
+    built and does not load is an error, never a skip.
     """
     if request.param == "cpu":
         try:
             _native.load_cpu()
         except _native.NativeNotBuilt as reason:
             pytest.skip(str(reason))
+    if request.param == "triton":
+        if not HAS_TRITON:
+            pytest.skip("triton is not installed")
+        monkeypatch.setattr(_dispatch, "_PREFERENCE", {"cpu": ("triton", "eager")})
+        monkeypatch.setattr(_dispatch, "computes_pairs", lambda device_type: True)
     with ghl.use_backend("eager" if request.param == "eager" else "auto"):
         yield request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The share of Triton's interpreter, which takes a millisecond for an instruction of a kernel, is cut.
+
+    Sweeps on it are slow tests; tests/triton_backend has sweeps of its own that are not.
+    """
+    for item in items:
+        if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") != "triton":
+            continue
+        if item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.skip(reason="too much for Triton's interpreter"))
+        elif hypothesis.is_hypothesis_test(item.obj):
+            item.add_marker("slow")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ghl_kernels import HebbianRule, reference
+from ghl_kernels import HebbianRule, _dispatch, reference
 
 EPS32 = torch.finfo(torch.float32).eps
 # Sums every y_p x_p^T and nothing else.
@@ -75,7 +75,15 @@ def judge_delta(
     x, u, weight = x.detach(), u.detach(), weight.detach()
     oracle = delta(x.double(), u.double(), weight.double(), rule, **conv)
     eager = delta(x.float(), u.float(), weight.float(), rule, **conv)
-    return Judgement(oracle, eager, _floor(delta, x.double(), u.double(), weight.double(), rule, dim, **conv))
+    rounding = operand_rounding(x.dtype)
+    floor = _floor(delta, x.double(), u.double(), weight.double(), rule, dim, rounding, **conv)
+    return Judgement(oracle, eager, floor)
+
+
+def operand_rounding(dtype: torch.dtype) -> float:
+    """Relative error of an activity as the operand of a product: tensor cores take it in x's dtype."""
+    on_tensor_cores = _dispatch._PREFERENCE["cpu"][0] == "triton" and dtype.itemsize == 2
+    return torch.finfo(dtype).eps / 2 if on_tensor_cores else 0.0
 
 
 def _floor(
@@ -85,9 +93,13 @@ def _floor(
     weight: Tensor,
     rule: HebbianRule,
     dim: int,
+    rounding: float,
     **conv: Any,
 ) -> Tensor:
-    """Eight roundings of all that is added up to H, over its scale; softmax adds those of u / temperature."""
+    """Eight roundings of all that is added up to H, over its scale; softmax adds those of u / temperature.
+
+    And one of every activity, where it is rounded before the product.
+    """
     roundings = 8.0
     if rule.activity == "softmax" and u.numel():
         roundings += 2.0 * (u.abs().nan_to_num(0.0, 0.0, 0.0).max().item() / rule.temperature)
@@ -97,14 +109,15 @@ def _floor(
         x.abs(), y.abs(), weight.abs(), dataclasses.replace(CORRELATION, decay=rule.decay), **conv
     )
     total = A + (A - decayed)
+    unit = roundings * EPS32 + rounding
     H = delta(x, u, weight, dataclasses.replace(rule, normalize="none"), **conv)
     if rule.normalize == "none" or H.numel() == 0:
-        return roundings * EPS32 * total
+        return unit * total
     if rule.normalize == "mean":
-        return roundings * EPS32 * total / max(1, u.numel() // u.shape[dim])
+        return unit * total / max(1, u.numel() // u.shape[dim])
     over = tuple(range(H.dim())) if rule.normalize == "layer" else tuple(range(1, H.dim()))
     scale = H.abs().amax(over, keepdim=True) + reference.EPS
-    floor = roundings * EPS32 * total / scale
+    floor = unit * total / scale
     # the scale itself is rounded too
     return floor + H.abs() / scale * floor.amax(over, keepdim=True)
 

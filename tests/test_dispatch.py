@@ -53,7 +53,7 @@ def selected(dtype: torch.dtype = torch.float32) -> str:
 
 def test_table_lists_every_backend_with_a_reason() -> None:
     table = ghl.backends()
-    assert [row.name for row in table] == ["eager", "cpu"]
+    assert [row.name for row in table] == ["eager", "cpu", "triton"]
     assert table[0].available
     assert all(isinstance(row.available, bool) and row.reason for row in table)
 
@@ -186,10 +186,10 @@ def test_explicit_choice_that_is_lost_later_raises_with_the_reason(
 
 
 def test_refusals_name_the_device_and_the_dtype() -> None:
-    assert "cuda" in cpu.refusal("cuda", torch.float32)
-    assert "float64" in cpu.refusal("cpu", torch.float64)
-    assert cpu.refusal("cpu", torch.bfloat16) == ""
-    assert eager.refusal("cuda", torch.float64) == ""
+    assert "cuda" in cpu.refusal(torch.device("cuda"), torch.float32)
+    assert "float64" in cpu.refusal(torch.device("cpu"), torch.float64)
+    assert cpu.refusal(torch.device("cpu"), torch.bfloat16) == ""
+    assert eager.refusal(torch.device("cuda"), torch.float64) == ""
 
 
 def test_devices_without_kernels_of_their_own_run_eager() -> None:
@@ -282,5 +282,5 @@ def test_devices_that_were_not_measured_are_dense() -> None:
 
 
 def test_crossovers_are_fractions() -> None:
-    assert set(_dispatch._CROSSOVER) == {("cpu", kind) for kind in KINDS}
+    assert set(_dispatch._CROSSOVER) == {(device, kind) for device in ("cpu", "cuda") for kind in KINDS}
     assert all(0.0 <= limit <= 1.0 for limit in _dispatch._CROSSOVER.values())

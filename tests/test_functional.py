@@ -331,6 +331,7 @@ def test_bad_input(
         partial(getattr(functional, name), **arguments)()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 3, 87])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])

@@ -177,6 +177,7 @@ def test_scale_free(backend: str, activity: str) -> None:
     torch.testing.assert_close(twice, H, **rounding)
 
 
+@pytest.mark.large
 def test_a_local_update_is_hebbian(backend: str) -> None:
     """Oja's rule finds the first principal component, of length one: the sign of H is uphill."""
     direction = torch.tensor([0.6, 0.8, 0.0])

@@ -12,6 +12,7 @@ import torch
 from oracle import EPS32, assert_as_good, embed, guards_intact
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ghl_kernels import _check, _ops
 from ghl_kernels.backends.eager import moments_size
@@ -34,6 +35,10 @@ def _sums(weight: Tensor, groups: int, decay: str) -> tuple[Tensor, Tensor]:
 def _winner_lists(positions: int, k: int, units: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     unit = torch.rand(positions, units).argsort(1)[:, :k].sort(1).values.to(torch.int32)
     return unit, torch.rand(positions, k, dtype=torch.promote_types(dtype, torch.float32))
+
+
+def _tensors(arguments: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
 
 
 def samples(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
@@ -76,6 +81,12 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
             for rule in (SOFTMAX, KWTA)
             for decay in ("none", "subspace")
         ]
+    if name.endswith("_pair"):
+        sums = samples(name.removesuffix("_pair") + "_sums", dtype)
+        return [(x, u, torch.randn_like(u), *rest) for x, u, *rest in sums]
+    if name == "gate_all_":
+        some = (slice(1), slice(1, 5), slice(None))
+        return [tuple(map(list, zip(*samples("gate_", dtype)[part], strict=True))) for part in some]
     if name == "linear_winner_sums":
         return [
             (draw(5, 3), *_winner_lists(5, 2, 7, dtype), 7, "oja"),
@@ -121,8 +132,11 @@ NAMES = (
     "conv_sums",
     "linear_winner_sums",
     "conv_winner_sums",
+    "linear_pair",
+    "conv_pair",
     "delta",
     "gate_",
+    "gate_all_",
     "learn_",
 )
 
@@ -132,6 +146,7 @@ def test_every_operation_is_tested() -> None:
     assert set(re.findall(r'_fake\("(\w+)"\)', source)) == set(NAMES)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(backend: str, name: str, dtype: torch.dtype) -> None:
@@ -164,30 +179,30 @@ def test_fakes_agree(backend: str, poison: None, name: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_do_not_flow(backend: str, name: str) -> None:
     for arguments in samples(name, torch.float32):
-        arguments = tuple(
-            a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-            for a in arguments
+        arguments = tree_map(
+            lambda a: a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a,
+            arguments,
         )
         if name.endswith("_"):
-            arguments = (arguments[0].detach(), *arguments[1:])
+            arguments = (tree_map(Tensor.detach, arguments[0]), *arguments[1:])
         result = getattr(ops, name)(*arguments)
-        outputs = result if isinstance(result, tuple) else (arguments[0],) if result is None else (result,)
+        outputs = tree_leaves(arguments[0] if result is None else result)
         assert not any(output.requires_grad for output in outputs)
 
 
-@pytest.mark.parametrize("name", ["gate_", "learn_"])
+@pytest.mark.parametrize("name", ["gate_", "gate_all_", "learn_"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_mutation_bumps_the_version(backend: str, name: str, dtype: torch.dtype) -> None:
     for arguments in samples(name, dtype):
-        versions = [a._version for a in arguments if isinstance(a, Tensor)]
-        before = [a.clone() for a in arguments if isinstance(a, Tensor)]
+        mutated, others = tree_leaves(arguments[0]), _tensors(arguments[1:])
+        versions, fixed = [a._version for a in mutated], [a._version for a in others]
+        before, kept = [a.clone() for a in mutated], [a.clone() for a in others]
         getattr(ops, name)(*arguments)
-        after = [a for a in arguments if isinstance(a, Tensor)]
-        assert after[0]._version > versions[0]
-        assert not torch.equal(after[0], before[0])
-        # exactly one tensor is mutated
-        assert [a._version for a in after[1:]] == versions[1:]
-        assert all(torch.equal(a, b) for a, b in zip(after[1:], before[1:], strict=True))
+        assert all(a._version > version for a, version in zip(mutated, versions, strict=True))
+        assert not any(map(torch.equal, mutated, before))
+        # nothing but the first argument is mutated
+        assert [a._version for a in others] == fixed
+        assert all(map(torch.equal, others, kept))
 
 
 @pytest.mark.parametrize("name", ["gate_", "learn_"])

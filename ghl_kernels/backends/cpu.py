@@ -6,7 +6,7 @@ else runs in csrc/cpu. Tensors that a kernel reads are bound to names until it r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +34,12 @@ def status() -> tuple[bool, str]:
     return _native.cpu_status()
 
 
-def refusal(device_type: str, dtype: torch.dtype) -> str:
+def refusal(device: torch.device, dtype: torch.dtype) -> str:
     """Why this backend cannot run on such tensors, or "" when it can."""
     if problem := _native.cpu_problem():
         return problem
-    if device_type != "cpu":
-        return f"it runs on CPU tensors, not on {device_type}"
+    if device.type != "cpu":
+        return f"it runs on CPU tensors, not on {device.type}"
     if dtype not in _DTYPE:
         return f"it takes float32 and bfloat16, not {dtype}"
     return ""
@@ -84,6 +84,20 @@ def conv_sums(
     return eager.conv_sums(x, u, geometry, competition, decay, _float_activities)
 
 
+def linear_pair(
+    x: Tensor, u: Tensor, grad_u: Tensor, competition: Competition, decay: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A (N, D), the moments of y and G (N, D), from x (..., D), u and dL/du (..., N)."""
+    return eager.linear_pair(x, u, grad_u, competition, decay, _float_activities)
+
+
+def conv_pair(
+    x: Tensor, u: Tensor, grad_u: Tensor, geometry: Geometry, competition: Competition, decay: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As conv_sums, and G, from dL/du of u's shape."""
+    return eager.conv_pair(x, u, grad_u, geometry, competition, decay, _float_activities)
+
+
 def linear_winner_sums(
     x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str
 ) -> tuple[Tensor, Tensor]:
@@ -114,6 +128,12 @@ def gate_(
         _epilogue(_GATE, grad, A, moments, weight, groups, decay, normalize)
     else:
         eager.gate_(grad, A, moments, weight, groups, decay, normalize)
+
+
+def gate_all_(layers: Sequence[tuple[Any, ...]]) -> None:
+    """gate_ of every layer, from its arguments."""
+    for arguments in layers:
+        gate_(*arguments)
 
 
 def learn_(

@@ -6,7 +6,8 @@ Sums are float32 (float64 for float64 inputs) whatever the input dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def status() -> tuple[bool, str]:
     return True, "torch's own operators, any device"
 
 
-def refusal(device_type: str, dtype: torch.dtype) -> str:
+def refusal(device: torch.device, dtype: torch.dtype) -> str:
     """Why this backend cannot run on such tensors, or "" when it can."""
     return ""
 
@@ -110,6 +111,34 @@ def conv_sums(
     return (x.new_zeros(shape, dtype=dtype) if A is None else A), moments
 
 
+def linear_pair(
+    x: Tensor,
+    u: Tensor,
+    grad_u: Tensor,
+    competition: Competition,
+    decay: str,
+    activities: Activities | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A (N, D), the moments of y and G (N, D), from x (..., D), u and dL/du (..., N)."""
+    A, moments = linear_sums(x, u, competition, decay, activities)
+    rows = grad_u.reshape(-1, grad_u.shape[-1])
+    return A, moments, rows.t().mm(x.reshape(-1, x.shape[-1])).to(A.dtype).contiguous()
+
+
+def conv_pair(
+    x: Tensor,
+    u: Tensor,
+    grad_u: Tensor,
+    geometry: Geometry,
+    competition: Competition,
+    decay: str,
+    activities: Activities | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As conv_sums, and G, from dL/du of u's shape."""
+    A, moments = conv_sums(x, u, geometry, competition, decay, activities)
+    return A, moments, conv_correlate(x, grad_u, tuple(A.shape), geometry).to(A.dtype)
+
+
 def conv_correlate(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
     """sum_p y_p x_p^T by the library's weight gradient; contiguous."""
     if y.numel() == 0 or x.numel() == 0:
@@ -170,6 +199,12 @@ def gate_(
     """grad <- |H| * sign(grad) + (grad - grad)."""
     H = delta(A, moments, weight, groups, decay, normalize)
     grad.copy_(H.abs() * grad.sign() + (grad - grad))
+
+
+def gate_all_(layers: Sequence[tuple[Any, ...]]) -> None:
+    """gate_ of every layer, from its arguments."""
+    for arguments in layers:
+        gate_(*arguments)
 
 
 def learn_(

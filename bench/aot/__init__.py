@@ -1,0 +1,1 @@
+"""Every kernel compiled as each architecture would run it, without a GPU: tools/aot_check."""

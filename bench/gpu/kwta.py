@@ -1,0 +1,111 @@
+"""Stage 4: k-winner-take-all against topk + scatter and against the bandwidth of a plain copy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import ghl_kernels as ghl
+from bench.baselines.topk import kwta_topk
+from bench.gpu import ceilings, stage
+from bench.gpu.stage import Stage
+from bench.gpu.timing import l2_bytes, sets_for, time_all
+from ghl_kernels.rule import Competition
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Case(NamedTuple):
+    """Responses of ``units`` along dimension 1, and how many of them win."""
+
+    shape: tuple[int, ...]
+    layout: str  # "rows", "nhwc" or "nchw"
+    winners: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.layout} k={self.winners} {self.dtype}"
+
+    def responses(self, device: torch.device) -> Tensor:
+        u = torch.randn(self.shape, device=device).to(DTYPES[self.dtype])
+        return u.to(memory_format=torch.channels_last) if self.layout == "nhwc" else u
+
+
+CASES = (
+    *(Case((512, 384, 16, 16), layout, 8, "bf16") for layout in ("nhwc", "nchw")),
+    *(Case((512, 1536, 8, 8), layout, 31, "bf16") for layout in ("nhwc", "nchw")),
+    Case((65536, 1024), "rows", 8, "bf16"),
+    Case((16384, 4096), "rows", 16, "bf16"),
+    Case((2048, 32768), "rows", 128, "bf16"),
+    *(Case((512, 384, 16, 16), layout, 8, "fp32") for layout in ("nhwc", "nchw")),
+    Case((16384, 4096), "rows", 16, "fp32"),
+)
+SMALL = (
+    Case((2, 16, 3, 3), "nhwc", 3, "bf16"),
+    Case((2, 16, 3, 3), "nchw", 3, "fp32"),
+    Case((5, 40), "rows", 4, "bf16"),
+)
+
+
+def run(this: Stage) -> None:
+    """Every case, checked exactly before it is timed."""
+    limits = ceilings.load_or_measure(this)
+    this.add("ceilings", limits)
+    with ghl.use_backend("triton"):
+        for case in this.each(SMALL if this.dry else CASES, str, least=4):
+            this.attempt(str(case), lambda case=case: _measure(this, case, limits))
+
+
+def calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
+    """What has to be compiled."""
+    for case in SMALL if dry else CASES:
+        u = case.responses(device)
+        for operation in _operations([u], Competition("linear", case.winners, 1.0, False)).values():
+            yield lambda operation=operation: operation(0)
+
+
+def _operations(u: list[Tensor], competition: Competition) -> dict[str, Callable[[int], object]]:
+    return {
+        "y": lambda i: torch.ops.ghl.compete(u[i], 1, *competition),
+        "state": lambda i: torch.ops.ghl.competition_state(u[i], 1, *competition),
+        "lists": lambda i: torch.ops.ghl.winners(u[i], 1, *competition),
+    }
+
+
+def _measure(this: Stage, case: Case, limits: dict[str, float]) -> None:
+    competition = Competition("linear", case.winners, 1.0, False)
+    one = case.responses(this.device)
+    size = one.numel() * one.element_size()
+    # u is read and y is written: both take room in the cache
+    sets = sets_for(2 * size, l2_bytes(this.device))
+    u = [one, *(case.responses(this.device) for _ in range(sets - 1))]
+    exact = torch.equal(torch.ops.ghl.compete(one, 1, *competition), _reference(one, competition))
+    if not exact:
+        raise AssertionError(f"{case}: the winners are not those of the reference")
+    timed = time_all(
+        _operations(u, competition) | {"topk + scatter": lambda i: kwta_topk(u[i], case.winners)},
+        sets=sets,
+        device=this.device,
+    )
+    moved = {"y": 2 * size, "state": size, "lists": size, "topk + scatter": 2 * size}
+    rival = timed["topk + scatter"].seconds
+    for what, sample in timed.items():
+        row = {"case": str(case), "what": what, **sample.row()}
+        if sample.seconds is not None:
+            floor = ceilings.floor_seconds(limits, case.dtype, moved[what], 0)
+            row["of_copy_bandwidth"] = floor / sample.seconds.median if floor else None
+            row["times_faster_than_topk"] = rival.median / sample.seconds.median if rival else None
+        this.add("kwta", row)
+
+
+def _reference(u: Tensor, competition: Competition) -> Tensor:
+    with ghl.use_backend("eager"):
+        return torch.ops.ghl.compete(u, 1, *competition)
+
+
+if __name__ == "__main__":
+    sys.exit(stage.main("kwta", run))

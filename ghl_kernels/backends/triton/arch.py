@@ -1,0 +1,81 @@
+"""What the configuration of a kernel has to know about the GPU it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+
+class Arch(NamedTuple):
+    """One architecture; sizes in bytes."""
+
+    name: str  # "sm_90", "gfx942"
+    multiprocessors: int
+    shared_memory: int  # that one block may ask for
+    l2: int
+    warp: int  # lanes
+    has_wgmma: bool  # tensor cores fed from shared memory by a warpgroup
+
+    @property
+    def is_amd(self) -> bool:
+        return self.name.startswith("gfx")
+
+
+# Those the kernels are compiled for in the tests; multiprocessors and L2 of A100, H200, B200 and MI300X.
+KNOWN = {
+    arch.name: arch
+    for arch in (
+        Arch("sm_80", 108, 166_912, 40 << 20, 32, False),
+        Arch("sm_90", 132, 232_448, 50 << 20, 32, True),
+        Arch("sm_100", 148, 232_448, 126 << 20, 32, False),
+        Arch("gfx942", 304, 65_536, 4 << 20, 64, False),
+    )
+}
+# A CPU, where the interpreter runs program after program at a cost of each: wide "warps" make few of them.
+_INTERPRETER = KNOWN["sm_90"]._replace(warp=1024)
+_SMALL_SHARED_MEMORY = 101_376  # sm_86, sm_89, sm_120: consumer parts of their generation
+
+_assumed: Arch | None = None
+
+
+@contextlib.contextmanager
+def assume(arch: Arch) -> Iterator[None]:
+    """Configure every kernel for this architecture, to list or compile what another machine would run."""
+    global _assumed
+    previous, _assumed = _assumed, arch
+    try:
+        yield
+    finally:
+        _assumed = previous
+
+
+def of(device: torch.device) -> Arch:
+    """The architecture of a device."""
+    if _assumed is not None:
+        return _assumed
+    if device.type == "cpu":
+        return _INTERPRETER
+    return _of_index(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _of_index(index: int) -> Arch:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    known = KNOWN.get(name)
+    shared = getattr(properties, "shared_memory_per_block_optin", None)
+    return Arch(
+        name,
+        properties.multi_processor_count,
+        shared or (known.shared_memory if known else _SMALL_SHARED_MEMORY),
+        getattr(properties, "L2_cache_size", 0) or (known.l2 if known else 4 << 20),
+        getattr(properties, "warp_size", 32),
+        name == "sm_90",
+    )

@@ -1,0 +1,221 @@
+"""How a correlation is cut into tiles and slices: pure functions of shape, dtype and architecture.
+
+Tiles are those that compile without spills and, on sm_90, without serialized wgmma in both Triton 3.6 and
+3.7 (tools/aot_check). What a GPU has measured stands in shapes.json and goes first; it is written by
+tools/gpu_check and empty until then, so thresholds here are estimates from counted bytes and operations.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ghl_kernels.backends.triton.arch import Arch
+from ghl_kernels.rule import Competition
+
+WORKSPACE_BYTES = 32 << 20  # of all slices of one result; it is read back while it is in L2
+# Least steps of the main loop in a slice: the pipeline's start and the tile's stores cost about as much.
+_LEAST_STEPS = 8
+_STATE_HERE_UNITS = 256
+
+
+class Problem(NamedTuple):
+    """One correlation; units, columns (taps * channels) and channels are those of one group."""
+
+    units: int
+    columns: int
+    channels: int
+    positions: int
+    groups: int
+    itemsize: int
+    results: int  # 2 for A and G, else 1
+    makes_y: bool  # A is among them
+    state_here: bool  # the softmax is computed in the kernel
+    aligned: bool = True  # the units of u and dL/du are contiguous, in whole 16-byte vectors
+    bounded: bool = True  # activities are a softmax, or those of winners
+
+
+class Tile(NamedTuple):
+    """What one program computes at a time, and how."""
+
+    units: int
+    columns: int
+    positions: int
+    warps: int
+    stages: int
+
+
+class Slices(NamedTuple):
+    """The positions, cut: every slice but the last is ``length`` long, a multiple of the tile's."""
+
+    number: int
+    length: int
+
+
+def state_here(
+    units: int, columns: int, groups: int, itemsize: int, aligned: bool, competition: Competition
+) -> bool:
+    """Whether the kernel computes the softmax itself: a tile then holds all units of a position.
+
+    Selecting winners there would put a loop of unknown length into the pipelined one, and NaN in activities
+    that are not normalized has to reach units of other tiles: these states have kernels of their own.
+    """
+    is_softmax = competition.activity == "softmax" and not competition.winners and not competition.anti
+    if not is_softmax or groups > 1 or not aligned or itemsize != 2:
+        return False
+    return units <= (_STATE_HERE_UNITS if columns > 128 else 32)
+
+
+def tile(problem: Problem, arch: Arch) -> Tile:
+    """The tile of a correlation."""
+    measured = _measured(arch.name).get(_key(problem))
+    return Tile(*measured) if measured else next(candidates(problem, arch))
+
+
+def candidates(problem: Problem, arch: Arch) -> Iterator[Tile]:
+    """Tiles that compile within the architecture's limits, the first one being the default."""
+    if problem.itemsize == 4:
+        # the three products of tf32x3 need their operands' rests in registers too
+        yield Tile(32, 32, 32, 4, 2)
+        return
+    if arch.has_wgmma:
+        yield from _wgmma_candidates(problem)
+    elif arch.is_amd:
+        yield from _mfma_candidates(problem)
+    else:
+        yield from _mma_candidates(problem, arch)
+
+
+def _wgmma_candidates(problem: Problem) -> Iterator[Tile]:
+    """sm_90, 16 bits. Fewer than 64 units a tile use mma.sync; narrow tiles with wgmma are serialized."""
+    narrow = problem.columns <= 128
+    if problem.units <= 16:
+        yield Tile(16, 64 if narrow else 256, 64, 4 if narrow else 8, 3)
+    elif (
+        problem.units <= 32 or (narrow and problem.makes_y) or (problem.results == 1 and not problem.bounded)
+    ):
+        yield Tile(32, 128 if narrow else 256, 64 if problem.aligned else 32, 8, 3)
+    elif problem.state_here and problem.units > 64:
+        yield Tile(256, 64, 32 if problem.results == 2 else 64, 8, 3)
+    elif problem.results == 2:
+        yield Tile(64, 256, 64, 8, 3)
+    elif problem.makes_y:
+        yield Tile(64, 256, 64, 8, 4)
+        if problem.units > 64 and not problem.state_here and problem.aligned:
+            yield Tile(128, 128, 64, 8, 3)
+    else:
+        if problem.units > 64 and not narrow:
+            yield Tile(128, 256, 64, 8, 3)
+        yield Tile(64, 64 if narrow else 256, 64, 4 if narrow else 8, 3)
+
+
+def _mma_candidates(problem: Problem, arch: Arch) -> Iterator[Tile]:
+    """Other NVIDIA architectures, 16 bits."""
+    narrow = problem.columns <= 128
+    if problem.units <= 32:
+        units = 16 if problem.units <= 16 else 32
+        yield Tile(units, 64 if narrow else 128, 64 if problem.aligned else 32, 4, 2)
+    elif problem.state_here and problem.units > 64:
+        yield Tile(256, 64, 32, 8, 2)
+    elif problem.results == 2 or problem.state_here:
+        if arch.name.startswith("sm_10") and not narrow:
+            yield Tile(64, 256, 32, 8, 3)
+        yield Tile(64, 128, 32, 8 if arch.name.startswith("sm_8") else 4, 3)
+    else:
+        if problem.units > 64:
+            yield Tile(128, 128, 32, 8, 3)
+        yield Tile(64, 128, 32, 8 if arch.name.startswith("sm_8") else 4, 3)
+
+
+def _mfma_candidates(problem: Problem) -> Iterator[Tile]:
+    """AMD, 16 bits; 64 KiB of local memory."""
+    if problem.state_here and problem.units > 64:
+        yield Tile(256, 64, 32, 8, 2)
+    elif problem.units <= 32:
+        yield Tile(32, 64, 64, 4, 2)
+    else:
+        if problem.results == 1 and problem.units > 64 and not problem.state_here:
+            yield Tile(128, 128, 32, 8, 2)
+        yield Tile(64, 128, 32, 8, 2)
+
+
+def within_tap(problem: Problem, tile: Tile) -> bool:
+    """Whether every tile of columns lies in one tap."""
+    return problem.columns == problem.channels or problem.channels % tile.columns == 0
+
+
+def column_blocks(problem: Problem, tile: Tile) -> int:
+    """Tiles along the columns of one group."""
+    return -(-problem.columns // tile.columns)
+
+
+@functools.lru_cache(maxsize=4096)
+def slices(problem: Problem, tile: Tile, arch: Arch) -> Slices:
+    """The split over positions whose programs fill the chip in the fewest, fullest waves.
+
+    The cost of a split is its waves times the steps of a program, the fixed part included; the workspace
+    of one result stays within WORKSPACE_BYTES where more than one slice is made.
+    """
+    steps = -(-problem.positions // tile.positions)
+    tiles = -(-problem.units // tile.units) * column_blocks(problem, tile) * problem.groups
+    resident = arch.multiprocessors * (1 if tile.warps >= 8 else 2)
+    slice_bytes = 4 * problem.groups * problem.units * problem.columns
+    most = max(1, min(steps // _LEAST_STEPS, WORKSPACE_BYTES // max(1, slice_bytes), 4 * resident))
+
+    def cost(number: int) -> float:
+        waves = -(-(tiles * number) // resident)
+        # a slice costs a pass over its part of the workspace, which counts as a fraction of a step
+        return waves * (-(-steps // number) + _LEAST_STEPS) + number / 16
+
+    length = -(-steps // min(range(1, most + 1), key=cost))
+    return Slices(-(-steps // length), length * tile.positions)
+
+
+def prefers_library(problem: Problem, arch: Arch, *, is_conv: bool) -> bool:
+    """Whether y is to be written and the library's product called, where that is equally accurate.
+
+    Decided by arithmetic intensity, FLOP per byte moved: above the threshold the library's matrix rate
+    decides, below it the bytes do. A convolution in 16 bits rounds A to them and is never chosen.
+    """
+    if is_conv and problem.itemsize == 2:
+        return False
+    measured = _measured(arch.name).get(_key(problem) + ":library")
+    if measured is not None:
+        return bool(measured)
+    width, rows = problem.groups * problem.units, problem.groups * problem.channels
+    flops = 2.0 * problem.results * problem.positions * width * problem.columns
+    moved: float = problem.itemsize * problem.positions * (rows + problem.results * width)
+    moved += 4.0 * problem.results * width * problem.columns
+    return flops / max(moved, 1.0) > (800.0 if problem.itemsize == 2 else 32.0)
+
+
+def precision(dtype: torch.dtype, *, is_conv: bool, arch: Arch) -> str:
+    """How tl.dot multiplies float32: in one pass of tf32 where torch allows that to its own products."""
+    if dtype != torch.float32 or arch.is_amd:
+        return "ieee"
+    return "tf32" if _allows_tf32(is_conv) else "tf32x3"
+
+
+def _allows_tf32(is_conv: bool) -> bool:
+    setting = getattr(torch.backends.cudnn, "conv", None) if is_conv else torch.backends.cuda.matmul
+    precision = getattr(setting, "fp32_precision", None)
+    if precision is not None:  # torch >= 2.9, where reading the older flag may raise
+        return bool(precision == "tf32")
+    return torch.backends.cudnn.allow_tf32 if is_conv else torch.backends.cuda.matmul.allow_tf32
+
+
+def _key(problem: Problem) -> str:
+    """Name of a shape in the table: what decides the tile, with the positions as a power of two."""
+    return "x".join(map(str, problem._replace(positions=problem.positions.bit_length())))
+
+
+@functools.cache
+def _measured(arch: str) -> dict[str, Any]:
+    """Measured choices for an architecture: a tile by shape, and whether the library is faster there."""
+    table = json.loads((Path(__file__).parent / "shapes.json").read_text())
+    return table.get(arch, {})

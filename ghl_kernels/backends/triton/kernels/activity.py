@@ -1,0 +1,85 @@
+"""y = c(u) from u and the state of the competition, the device function that every kernel shares."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ghl_kernels.rule import Competition
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class State(NamedTuple):
+    """What is known of each position, float32 or int32 of shape (P,); None where the activity needs it not.
+
+    A position whose u holds a NaN has NaN in threshold and in logsumexp.
+    """
+
+    threshold: Tensor | None  # k-th largest u; without winners NaN or 0, the mark of a bad position
+    cut: Tensor | None  # last unit that wins a tie at the threshold
+    logsumexp: Tensor | None  # of u / temperature over the winners
+    first: Tensor | None  # unit of the largest u, lowest index of equals
+
+
+def needs(competition: Competition) -> tuple[bool, bool, bool, bool]:
+    """Which fields of the State an activity is made from."""
+    selects, softmax = competition.winners > 0, competition.activity == "softmax"
+    return selects or not softmax, selects, softmax, competition.anti
+
+
+def constants(competition: Competition) -> dict[str, Any]:
+    """The arguments of a kernel that calls :func:`activities`, by name."""
+    return {
+        "scale": 1.0 / competition.temperature,
+        "ACTIVITY": competition.activity,
+        "SELECTS": competition.winners > 0,
+        "ANTI": competition.anti,
+    }
+
+
+@triton.jit
+def activities(
+    u,
+    unit,
+    threshold,
+    cut,
+    logsumexp,
+    first,
+    scale,
+    ACTIVITY: tl.constexpr,
+    SELECTS: tl.constexpr,
+    ANTI: tl.constexpr,
+):
+    """y of a tile of u (float32): unit and the four fields of the state broadcast against it.
+
+    scale is 1 / temperature. Where u is masked off it must be -inf for softmax and 0 otherwise, with
+    a threshold of +inf and a logsumexp of 0: y is then 0.
+    """
+    if ACTIVITY == "softmax":
+        # not u * (scale * log2(e)), which overflows where u / temperature does not
+        y = tl.exp2((u * scale - logsumexp) * LOG2E)
+    elif ACTIVITY == "linear":
+        y = u
+    elif ACTIVITY == "relu":
+        y = tl.maximum(u, 0.0)
+    else:
+        y = tl.zeros_like(u) + 1.0
+    if SELECTS:
+        y = tl.where((u > threshold) | ((u == threshold) & (unit <= cut)), y, 0.0)
+    if ANTI:
+        y = tl.where(unit == first, y, -y)
+    if SELECTS or ACTIVITY != "softmax":
+        # comparisons with NaN are false and would hide it
+        y = tl.where(threshold == threshold, y, float("nan"))
+    return y
+
+
+@triton.jit
+def position_offset(position, inner, batch_stride, position_stride):
+    """Where a position of layout.Responses begins, in elements; 64-bit."""
+    batch, within = position // inner, position % inner
+    return batch.to(tl.int64) * batch_stride + within.to(tl.int64) * position_stride

@@ -1,0 +1,343 @@
+"""A from the winners' lists: every unit adds up the patches that it won, at k / N of the dense product.
+
+The winners are sorted by unit, and each unit's run is cut into segments of fixed length, so that a unit which
+wins everywhere is the work of many programs. The sort is stable and the segments are added in their order:
+the result is the same bit for bit every time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ghl_kernels.backends import eager
+from ghl_kernels.backends.triton.kernels.locate import GEOMETRY, locate
+from ghl_kernels.backends.triton.kernels.patch import divide, split_tap
+from ghl_kernels.backends.triton.launch import launch, workspace
+from ghl_kernels.backends.triton.layout import Patches, magic
+
+ENTRIES = 16  # of a segment, gathered at a time
+COLUMNS = 128  # of a patch, per program
+SEGMENT = 256  # entries, where the workspace allows it
+WORKSPACE = 32 << 20  # bytes
+_WARPS = 4
+_VECTOR = 8  # elements; 16 bytes of the narrowest dtype
+
+# Compiling a kernel for each of their values would gain nothing.
+_PLAIN = [
+    *GEOMETRY,
+    *("units", "units_per_group", "winners", "winners_magic", "channels", "taps", "column_blocks", "length"),
+    *(f"x_stride_{axis}" for axis in "bdhw"),
+]
+
+
+@triton.jit
+def _unit_segments(starts, unit, length):
+    """(first entry of a unit, end of its entries, number of its segments)."""
+    first, end = tl.load(starts + unit), tl.load(starts + unit + 1)
+    return first, end, tl.cdiv(end - first, length)
+
+
+@triton.jit
+def _slot(first, segment, segments, length):
+    """Row of the workspace for a segment of a unit that has several, and whose entries begin at ``first``.
+
+    All but a unit's last segment are whole, so that over all units their first entries lie at least
+    ``length`` apart; so do those of the last segments, as a whole one lies between two. Hence two banks of
+    one row for every ``length`` entries, and no table.
+    """
+    return (first // length + segment) * 2 + (segment == segments - 1).to(tl.int64)
+
+
+@triton.jit
+def _bad_position(sorted_units):
+    """NaN where a position has no winners because its u is NaN, marked -1, else 0; all of A gets it."""
+    return tl.where(tl.load(sorted_units) < 0, float("nan"), 0.0)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def gather_kernel(
+    x,
+    activity,
+    order,
+    sorted_units,
+    starts,
+    owner,
+    ends,
+    A,
+    sums,
+    partial_A,
+    partial_sums,
+    units,
+    units_per_group,
+    winners,
+    winners_magic,
+    channels,
+    taps,
+    column_blocks,
+    length,
+    in_d,
+    in_h,
+    in_w,
+    out_d,
+    out_h,
+    out_w,
+    out_d_magic,
+    out_h_magic,
+    out_w_magic,
+    kernel_d,
+    kernel_h,
+    kernel_w,
+    stride_d,
+    stride_h,
+    stride_w,
+    pad_d,
+    pad_h,
+    pad_w,
+    dilation_d,
+    dilation_h,
+    dilation_w,
+    x_stride_d,
+    x_stride_h,
+    x_stride_w,
+    x_stride_b,
+    x_stride_c,
+    DIMS: tl.constexpr,
+    LONG: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WITHIN_TAP: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One segment and one block of a patch's columns: to A itself where the unit has no other segment.
+
+    channels and the strides of x are given in multiples of VECTOR, which shows the compiler the factor.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    index, block = program // column_blocks, (program % column_blocks).to(tl.int32)
+    unit = tl.load(owner + index)
+    if unit >= units:
+        return
+    first, end, segments = _unit_segments(starts, unit, length)
+    segment = index - (tl.load(ends + unit) - segments)
+    begin = first + segment * length
+    end = tl.minimum(begin + length, end)
+
+    channels = channels * VECTOR
+    if WITHIN_TAP:
+        # whether a patch is inside x is then one test per position
+        blocks_per_tap = tl.cdiv(channels, COLUMNS)
+        tap = tl.full((1,), block // blocks_per_tap, tl.int32)
+        channel = (block % blocks_per_tap) * COLUMNS + tl.arange(0, COLUMNS)
+        in_columns = channel < channels
+    else:
+        column = block * COLUMNS + tl.arange(0, COLUMNS)
+        tap, channel = column // channels, column % channels
+        in_columns = tap < taps
+    tap_d, tap_h, tap_w = split_tap(tap[None, :], kernel_h, kernel_w)
+    first_channel = (unit // units_per_group) * channels
+    x_column = x + (first_channel + channel)[None, :] * x_stride_c
+
+    row = tl.zeros((ENTRIES, COLUMNS), tl.float32)
+    total = tl.zeros((ENTRIES,), tl.float32)
+    for start in range(begin, end, ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
+        inside = entry < end
+        source = tl.load(order + entry, mask=inside, other=0)
+        y = tl.load(activity + source, mask=inside, other=0.0)
+        if not LONG:
+            source = source.to(tl.int32)
+        offset, in_x = locate(
+            divide(source, winners, winners_magic, LONG)[:, None],
+            tap_d,
+            tap_h,
+            tap_w,
+            in_d,
+            in_h,
+            in_w,
+            out_d,
+            out_h,
+            out_w,
+            out_d_magic,
+            out_h_magic,
+            out_w_magic,
+            stride_d,
+            stride_h,
+            stride_w,
+            pad_d,
+            pad_h,
+            pad_w,
+            dilation_d,
+            dilation_h,
+            dilation_w,
+            x_stride_d * VECTOR,
+            x_stride_h * VECTOR,
+            x_stride_w * VECTOR,
+            x_stride_b * VECTOR,
+            DIMS,
+            LONG,
+        )
+        mask = inside[:, None] & in_x & in_columns[None, :]
+        row += y[:, None] * tl.load(x_column + offset, mask=mask, other=0.0).to(tl.float32)
+        total += y
+
+    row_sum = tl.sum(row, 0)
+    if segments == 1:
+        bad = _bad_position(sorted_units)
+        tl.store(A + (unit * channels + channel) * taps + tap, row_sum + bad, mask=in_columns)
+        if (sums is not None) and block == 0:
+            tl.store(sums + unit, tl.sum(total, 0) + bad)
+    else:
+        slot = _slot(first, segment, segments, length)
+        tl.store(partial_A + (slot * taps + tap) * channels + channel, row_sum, mask=in_columns)
+        if (sums is not None) and block == 0:
+            tl.store(partial_sums + slot, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def combine_kernel(
+    sorted_units,
+    starts,
+    A,
+    sums,
+    partial_A,
+    partial_sums,
+    channels,
+    taps,
+    column_blocks,
+    length,
+    COLUMNS: tl.constexpr,
+):
+    """The segments of one unit added in their order, for one block of columns; 0 for a unit without any."""
+    program = tl.program_id(0).to(tl.int64)
+    unit, block = program // column_blocks, (program % column_blocks).to(tl.int32)
+    first, _, segments = _unit_segments(starts, unit, length)
+    if segments == 1:
+        return
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    columns = taps * channels
+    row = tl.zeros((COLUMNS,), tl.float32)
+    total = 0.0
+    for segment in range(segments):
+        slot = _slot(first, segment, segments, length)
+        row += tl.load(partial_A + slot * columns + column, mask=column < columns, other=0.0)
+        if sums is not None:
+            total += tl.load(partial_sums + slot)
+    bad = _bad_position(sorted_units)
+    tap, channel = column // channels, column % channels
+    tl.store(A + (unit * channels + channel) * taps + tap, row + bad, mask=column < columns)
+    if (sums is not None) and block == 0:
+        tl.store(sums + unit, total + bad)
+
+
+def segment_length(entries: int, columns: int) -> int:
+    """Entries of a segment: SEGMENT, or more so that the workspace takes at most WORKSPACE bytes.
+
+    The bound gives way only where it does not hold four rows.
+    """
+    banks = max(WORKSPACE // (8 * (columns + 1)), 2)
+    return max(SEGMENT, triton.cdiv(entries // banks + 1, ENTRIES) * ENTRIES)
+
+
+def workspace_rows(entries: int, length: int) -> int:
+    """Rows for the segments of all units that have several; see _slot."""
+    return 2 * (entries // length + 1)
+
+
+def column_tiling(channels: int, taps: int) -> tuple[bool, int, int]:
+    """(whether a block lies within one tap, its columns, number of blocks)."""
+    if taps == 1 or 2 * channels >= COLUMNS:
+        width = min(COLUMNS, triton.next_power_of_2(channels))
+        return True, width, taps * triton.cdiv(channels, width)
+    return False, COLUMNS, triton.cdiv(channels * taps, COLUMNS)
+
+
+def correlate(
+    x: Patches, unit: Tensor, activity: Tensor, units: int, sum_activity: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A (units, channels per group, taps), the sum of y_pn patch_p over the positions p that n won; sum y_pn.
+
+    ``unit`` (P, k) int32 and ``activity`` (P, k) float32 are the winners' lists; a unit sees the channels of
+    its group. A first unit of -1 marks a position whose u is NaN, and makes everything NaN, as in a dense
+    product. Both results are float32 and contiguous; the second is None unless ``sum_activity``.
+
+    Raises:
+        torch.OutOfMemoryError: no memory for the workspace, with its size.
+    """
+    entries, columns, device = unit.numel(), x.channels * x.taps, activity.device
+    shape = (units, x.channels, x.taps)
+    if entries == 0 or columns == 0:
+        _, moments = eager.linear_winner_sums(activity[:, :1], unit, activity, units, "instar")
+        return activity.new_zeros(shape), moments[:-1] if sum_activity else None
+    length = segment_length(entries, columns)
+    sorted_units, order = unit.reshape(-1).sort(stable=True)
+    starts = torch.searchsorted(sorted_units, torch.arange(units + 1, dtype=torch.int32, device=device))
+    ends = starts.diff().add_(length - 1).div_(length, rounding_mode="floor").cumsum(0)
+    segments = units + entries // length
+    owner = torch.searchsorted(ends, torch.arange(segments, device=device), right=True)
+
+    A = torch.empty(shape, dtype=torch.float32, device=device)
+    sums = torch.empty(units, dtype=torch.float32, device=device) if sum_activity else None
+    rows = workspace_rows(entries, length)
+    purpose = f"the segments of {units} units of {columns} inputs with {entries} winners"
+    within_tap, width, blocks = column_tiling(x.channels, x.taps)
+    shared: dict[str, Any] = {
+        "sorted_units": sorted_units,
+        "starts": starts,
+        "A": A,
+        "sums": sums,
+        "partial_A": workspace((rows, columns), device, purpose),
+        "partial_sums": workspace((rows,), device, purpose),
+        "taps": x.taps,
+        "length": length,
+        "warps": _WARPS,
+    }
+    launch(
+        gather_kernel,
+        segments * blocks,
+        **shared,
+        **_patch_arguments(x),
+        activity=activity.contiguous(),
+        order=order,
+        owner=owner,
+        ends=ends,
+        units=units,
+        units_per_group=units // x.groups,
+        winners=unit.shape[1],
+        winners_magic=magic(unit.shape[1]),
+        column_blocks=blocks,
+        LONG=_is_long(x.tensor, entries),
+        WITHIN_TAP=within_tap,
+        ENTRIES=ENTRIES,
+        COLUMNS=width,
+    )
+    combine_blocks = triton.cdiv(columns, COLUMNS)
+    launch(
+        combine_kernel,
+        units * combine_blocks,
+        **shared,
+        channels=x.channels,
+        column_blocks=combine_blocks,
+        COLUMNS=COLUMNS,
+    )
+    return A, sums
+
+
+def _patch_arguments(x: Patches) -> dict[str, Any]:
+    """The geometry by name, channels and strides of x in multiples of VECTOR."""
+    arguments = x.arguments
+    scaled = [f"x_stride_{axis}" for axis in "bdhw"]
+    whole = x.channel_stride == 1 and x.channels % _VECTOR == 0
+    vector = _VECTOR if whole and all(arguments[name] % _VECTOR == 0 for name in scaled) else 1
+    arguments |= {name: arguments[name] // vector for name in scaled}
+    return arguments | {"x": x.tensor, "channels": x.channels // vector, "DIMS": x.dims, "VECTOR": vector}
+
+
+def _is_long(x: Tensor, entries: int) -> bool:
+    """Whether an entry or an offset in x may not fit 31 bits; one outside x reaches a little further."""
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return max(reach, entries) >= 1 << 30

@@ -1,0 +1,64 @@
+"""Every kernel starts here, so that what a GPU would run can be listed, and compiled, without one."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """One launch as it was asked for."""
+
+    kernel: Any
+    blocks: int
+    arguments: dict[str, Any]  # by parameter name, constants of the compilation included
+    warps: int
+    stages: int
+
+
+_record: list[Launch] | None = None
+
+
+def launch(kernel: Any, blocks: int, *, warps: int, stages: int = 1, **arguments: Any) -> None:
+    """Run a kernel on a grid of ``blocks`` (axis 0, the only one that may be long) with arguments by name.
+
+    It runs on the current stream of the tensors' device and nothing waits for it. Floating-point
+    contraction is asked for explicitly: Triton's default is about to change.
+    """
+    if blocks == 0:
+        return
+    if _record is not None:
+        _record.append(Launch(kernel, blocks, arguments, warps, stages))
+        return
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(blocks,)](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collects the launches made inside in place of running them; results are then not defined."""
+    global _record
+    previous, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = previous
+
+
+def workspace(shape: tuple[int, ...], device: torch.device, purpose: str) -> Tensor:
+    """An uninitialized float32 tensor; out of memory, the error says for what.
+
+    Raises:
+        torch.OutOfMemoryError: with the bytes that were asked for and the purpose.
+    """
+    try:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    except torch.OutOfMemoryError as error:
+        size = 4 * math.prod(shape) / 2**20
+        raise torch.OutOfMemoryError(f"no memory for a workspace of {size:.0f} MiB for {purpose}") from error

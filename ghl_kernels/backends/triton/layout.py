@@ -1,0 +1,168 @@
+"""Tensors of any rank as the kernels see them: responses as (position, unit), inputs as patches in 3-d."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ghl_kernels._geometry import Geometry
+
+
+class Responses(NamedTuple):
+    """u or dL/du as a matrix of positions and units.
+
+    Element (p, n) lies at ``(p // inner) * batch_stride + (p % inner) * position_stride + n * unit_stride``
+    from the start of ``tensor``; positions are counted in the order of u's dimensions without the units'.
+    """
+
+    tensor: Tensor
+    positions: int
+    units: int
+    inner: int  # positions per batch item; 1 where one stride serves all positions
+    batch_stride: int
+    position_stride: int
+    unit_stride: int
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Arguments of a kernel, by the names that all kernels use."""
+        return {
+            "inner": self.inner,
+            "batch_stride": self.batch_stride,
+            "position_stride": self.position_stride,
+            "unit_stride": self.unit_stride,
+        }
+
+
+def responses(u: Tensor, dim: int) -> Responses:
+    """u with its units along ``dim``; a contiguous copy where two strides cannot describe the positions.
+
+    Rows (..., N) and channels_last have contiguous units, NCHW has contiguous positions.
+    """
+    view = _strided(u, dim)
+    return view if view is not None else _must(_strided(u.contiguous(), dim))
+
+
+def _strided(u: Tensor, dim: int) -> Responses | None:
+    units, positions = u.shape[dim], math.prod(s for i, s in enumerate(u.shape) if i != dim)
+    if u.numel() == 0:
+        return Responses(u, positions, units, 1, 0, 0, 1)
+    others = [(u.shape[i], u.stride(i)) for i in range(u.dim()) if i != dim and u.shape[i] > 1]
+    runs: list[tuple[int, int]] = []  # (positions, stride), adjacent dimensions that are one run merged
+    for size, stride in others:
+        if runs and runs[-1][1] == size * stride:
+            runs[-1] = (runs[-1][0] * size, stride)
+        else:
+            runs.append((size, stride))
+    if len(runs) > 2:
+        return None
+    unit_stride = u.stride(dim) if units > 1 else 1
+    if len(runs) < 2:
+        stride = runs[0][1] if runs else 0
+        return Responses(u, positions, units, 1, stride, 0, unit_stride)
+    return Responses(u, positions, units, runs[1][0], runs[0][1], runs[1][1], unit_stride)
+
+
+def _must(view: Responses | None) -> Responses:
+    assert view is not None
+    return view
+
+
+class Patches(NamedTuple):
+    """An input as the patches of a 3-d convolution; 1-d, 2-d and linear have leading sizes of 1.
+
+    Position p is (item, output depth, output height, output width); column d of its patch is (tap, channel
+    of the group), the taps in the order of the kernel's dimensions.
+    """
+
+    tensor: Tensor
+    batch: int
+    channels: int  # per group
+    groups: int
+    in_size: tuple[int, int, int]
+    out_size: tuple[int, int, int]
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+    batch_stride: int
+    channel_stride: int
+    strides: tuple[int, int, int]
+    dims: int  # spatial ones; 0 for linear, whose patches are the rows of x
+
+    @property
+    def positions(self) -> int:
+        """Patches, over the whole batch."""
+        return self.batch * math.prod(self.out_size)
+
+    @property
+    def taps(self) -> int:
+        """Kernel volume."""
+        return math.prod(self.kernel)
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """Arguments of a kernel that calls patch.locate, by name."""
+        named = {
+            "in": self.in_size,
+            "out": self.out_size,
+            "kernel": self.kernel,
+            "stride": self.stride,
+            "pad": self.padding,
+            "dilation": self.dilation,
+            "x_stride": self.strides,
+        }
+        sizes = {
+            f"out_{axis}_magic": magic(max(size, 1)) for axis, size in zip("dhw", self.out_size, strict=True)
+        }
+        sizes |= {
+            f"{name}_{axis}": value
+            for name, three in named.items()
+            for axis, value in zip("dhw", three, strict=True)
+        }
+        return sizes | {"x_stride_b": self.batch_stride, "x_stride_c": self.channel_stride}
+
+
+def patches(x: Tensor, geometry: Geometry | None) -> Patches:
+    """x (P, D) of a linear layer (geometry None) or x (B, C, *size) of a convolution; never a copy."""
+    if geometry is None:
+        ones, zeros = (1, 1, 1), (0, 0, 0)
+        rows, features = x.shape
+        return Patches(
+            x, rows, features, 1, ones, ones, ones, ones, zeros, ones, x.stride(0), x.stride(1), zeros, 0
+        )
+    size = x.shape[2:]
+    return Patches(
+        x,
+        x.shape[0],
+        x.shape[1] // geometry.groups,
+        geometry.groups,
+        _three(size, 1),
+        _three(geometry.out_size(size), 1),
+        _three(geometry.kernel_size, 1),
+        _three(geometry.stride, 1),
+        _three(geometry.padding, 0),
+        _three(geometry.dilation, 1),
+        x.stride(0),
+        x.stride(1),
+        _three(x.stride()[2:], 0),
+        len(size),
+    )
+
+
+def magic(divisor: int) -> int:
+    """What patch.divide needs to divide 0 <= n < 2**31 by this: a 32-bit multiplier, above it the shift + 1.
+
+    Never below 2**32, so that every kernel takes it as a 64-bit integer.
+    """
+    shift = (divisor - 1).bit_length()
+    return shift + 1 << 32 | -(-(1 << 31 + shift) // divisor)
+
+
+def _three(values: Sequence[int], fill: int) -> tuple[int, int, int]:
+    """``values`` with leading dimensions added up to three."""
+    padded = (fill,) * (3 - len(values)) + tuple(values)
+    return padded[0], padded[1], padded[2]

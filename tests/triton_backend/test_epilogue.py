@@ -1,0 +1,338 @@
+"""The epilogue kernels (decay, norm, then store, gate or learn, over many layers) against float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from oracle import EPS32, LAYOUTS, assert_as_good, embed, guards_intact
+from torch import Tensor
+
+from ghl_kernels.backends import eager
+from ghl_kernels.backends.triton.kernels import epilogue
+from ghl_kernels.backends.triton.kernels.epilogue import Job
+from ghl_kernels.backends.triton.launch import recording
+
+# numpy's, from the interpreter, where infinities meet
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+DECAYS = ("none", "oja", "instar", "subspace", "sanger")
+NORMS = ("layer", "filter", "mean", "none")
+OPERATIONS = ("delta", "gate", "learn")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+RATE = 0.37
+# Narrow, narrow with an odd number of rows, aligned, not aligned with several pieces of a row.
+SHAPES = ((4, 2, 2, 1), (3, 5), (4, 16), (3, 3, 7))
+
+
+@pytest.fixture
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of a layer, rows of a block, and pieces of a row, at sizes that are quick here."""
+    for name, value in (("NARROW_ROWS", 2), ("NARROW_COLUMNS", 8), ("WIDE_COLUMNS", 16), ("MAX_BLOCKS", 2)):
+        monkeypatch.setattr(epilogue, name, value)
+
+
+def random_job(
+    operation: str,
+    shape: Sequence[int],
+    decay: str = "oja",
+    normalize: str = "layer",
+    *,
+    dtype: torch.dtype = torch.float32,
+    groups: int = 1,
+) -> Job:
+    weight = (torch.randn(*shape) / math.sqrt(max(math.prod(shape[1:]), 1))).to(dtype)
+    A = torch.randn(*shape)
+    moments = eager.new_moments(shape[0], groups, decay, 37, torch.float32, A.device)
+    moments[:-1] = torch.randn(moments.numel() - 1)
+    out = torch.full(tuple(shape), math.nan)
+    if operation == "gate":
+        out = torch.randn(*shape).to(dtype)
+        out.view(-1)[:2] = torch.tensor([0.0, -0.0])
+    elif operation == "learn":
+        out = weight
+    return Job(A, moments, weight, out, groups, decay, normalize)
+
+
+def expected(operation: str, job: Job, dtype: torch.dtype) -> Tensor:
+    """What the operation leaves in out, in torch's operators of the given dtype."""
+    A, moments, weight, out = (t.to(dtype) for t in (job.A, job.moments, job.weight, job.out))
+    H = eager.delta(A, moments, weight, job.groups, job.decay, job.normalize)
+    if operation == "delta":
+        return H
+    return H.abs() * out.sign() + (out - out) if operation == "gate" else weight + RATE * H
+
+
+def floor_of(operation: str, job: Job) -> Tensor:
+    """Eight roundings of all that is added up, over the scale, which is rounded too."""
+    A, moments, W = (t.double().abs() for t in (job.A, job.moments, job.weight))
+    rows, W = A.flatten(1), W.flatten(1)
+    decayed = {
+        "none": lambda: torch.zeros_like(W),
+        "oja": lambda: (W * rows).sum(1, keepdim=True) * W,
+        "instar": lambda: moments[:-1].unsqueeze(1) * W,
+    }.get(job.decay, lambda: eager.mixing(moments, W, job.groups, job.decay))()
+    floor = 8 * EPS32 * (rows + decayed)
+    exact = [t.double() for t in (job.A, job.moments, job.weight)]
+    H = eager.delta(*exact, job.groups, job.decay, "none").flatten(1)
+    if job.normalize == "mean":
+        floor = floor / 37
+    elif job.normalize != "none":
+        dims = (0, 1) if job.normalize == "layer" else (1,)
+        scale = H.abs().amax(dims, keepdim=True) + eager.EPS
+        floor = floor / scale + H.abs() / scale * (floor / scale).amax(dims, keepdim=True)
+    floor = floor.view(job.weight.shape)
+    return RATE * floor + EPS32 * job.weight.double().abs() if operation == "learn" else floor
+
+
+def run(operation: str, jobs: Sequence[Job]) -> None:
+    if operation == "learn":
+        epilogue.learn_(jobs, RATE)
+    else:
+        {"delta": epilogue.delta, "gate": epilogue.gate_}[operation](jobs)
+
+
+def assert_right(operation: str, jobs: Sequence[Job]) -> None:
+    """Runs all jobs in one call and judges each."""
+    wanted = [
+        (
+            expected(operation, job, torch.float32),
+            expected(operation, job, torch.float64),
+            floor_of(operation, job),
+        )
+        for job in jobs
+    ]
+    run(operation, jobs)
+    for job, (baseline, exact, floor) in zip(jobs, wanted, strict=True):
+        assert_as_good(job.out, baseline, exact, floor)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("normalize", NORMS)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_every_rule_over_mixed_shapes(decay: str, normalize: str, operation: str) -> None:
+    assert_right(operation, [random_job(operation, shape, decay, normalize) for shape in SHAPES])
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_mixed_rules_and_dtypes_in_one_call(operation: str) -> None:
+    rules = [("oja", "layer"), ("instar", "filter"), ("sanger", "mean"), ("none", "none")]
+    jobs = [
+        random_job(operation, shape, decay, normalize, dtype=dtype, groups=2 if shape[0] % 2 == 0 else 1)
+        for dtype in DTYPES
+        for shape, (decay, normalize) in zip(SHAPES, rules, strict=True)
+    ]
+    assert_right(operation, jobs)
+
+
+@pytest.mark.parametrize("columns", [9, 128, 129, 512, 1100])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_real_tiles(operation: str, columns: int) -> None:
+    assert_right(operation, [random_job(operation, (11, columns))])
+
+
+def test_rows_longer_than_sixteen_bits_count() -> None:
+    assert_right("delta", [random_job("delta", (3, 65_600))])
+
+
+def test_more_rows_than_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epilogue, "MAX_BLOCKS", 4)
+    for shape in ((67, 9), (13, 150)):
+        assert_right("gate", [random_job("gate", shape), random_job("gate", shape, normalize="filter")])
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_layer_alone_and_among_others_is_the_same(operation: str) -> None:
+    together = [random_job(operation, shape) for shape in SHAPES]
+    alone = [job._replace(out=job.out.clone()) for job in together]
+    if operation == "learn":
+        alone = [job._replace(weight=job.out) for job in alone]
+    run(operation, together)
+    for job in reversed(alone):
+        run(operation, [job])
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one.out, other.out)
+
+
+def test_alignment_does_not_change_the_result() -> None:
+    job = random_job("delta", (5, 264))
+    run("delta", [job])
+    buffer = torch.empty(5 * 264 + 1)
+    buffer[1:] = job.A.view(-1)
+    moved = job._replace(A=buffer[1:].view(5, 264), out=torch.empty(5, 264))
+    run("delta", [moved])
+    assert torch.equal(moved.out, job.out)
+
+
+def test_two_launches_for_any_number_of_layers() -> None:
+    with recording() as launches:
+        epilogue.gate_([random_job("gate", shape) for shape in SHAPES * 3])
+    assert [one.kernel for one in launches] == [epilogue.reduce_kernel, epilogue.apply_kernel]
+    with recording() as launches:
+        epilogue.gate_([random_job("gate", (4, 4), dtype=dtype) for dtype in DTYPES * 2])
+    assert len(launches) == 2 * len(DTYPES)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, operation: str) -> None:
+    """Each operand in a layout of its own, inside a buffer of NaN that must stay as it is."""
+    jobs, views = [], []
+    for names in (("A",), ("weight",), ("out",), ("A", "weight", "out")):
+        job = random_job(operation, (3, 4, 2, 3), dtype=torch.bfloat16)
+        moved = {name: embed(getattr(job, name), layout) for name in names}
+        job = job._replace(**moved)
+        jobs.append(job._replace(weight=job.out) if operation == "learn" else job)
+        views += [getattr(jobs[-1], name) for name in names]
+    assert_right(operation, jobs)
+    if layout in ("slice", "step"):
+        assert all(guards_intact(view) for view in views if view._base is not None)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["A", "weight"])
+def test_a_scale_that_is_not_finite_makes_its_scope_nan(where: str, value: float) -> None:
+    """In the first, a middle and the last piece of a row; the layer beside it stays as it is."""
+    for operation, positions in (("delta", (0, 8, 18)), ("gate", (17,)), ("learn", (3,))):
+        layers = [random_job(operation, (5, 19)) for _ in positions]
+        filters = [random_job(operation, (5, 19), normalize="filter") for _ in positions]
+        for job, position in zip(layers + filters, positions * 2, strict=True):
+            getattr(job, where)[2, position] = value
+        other = random_job(operation, (5, 19))
+        run(operation, [*layers, other, *filters])
+        assert all(bool(job.out.isnan().all()) for job in layers)
+        assert all(bool(job.out[2].isnan().all()) for job in filters)
+        assert not any(bool(job.out[[0, 1, 3, 4]].isnan().any()) for job in filters)
+        assert not bool(other.out.isnan().any())
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("normalize", ["mean", "none"])
+def test_constant_norms_keep_elements_that_are_not_finite_to_themselves(normalize: str) -> None:
+    job = random_job("delta", (5, 19), "none", normalize)
+    job.A[1, 3], job.A[4, 18] = math.inf, math.nan
+    run("delta", [job])
+    assert job.out[1, 3] == math.inf
+    assert bool(job.out[4, 18].isnan())
+    assert int(job.out.isfinite().sum()) == job.out.numel() - 2
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_that_are_not_finite_become_nan(dtype: torch.dtype) -> None:
+    job = random_job("gate", (5, 19), dtype=dtype)
+    job.out[1, 3], job.out[2, 17], job.out[4, 18] = math.inf, -math.inf, math.nan
+    run("gate", [job])
+    assert job.out.isnan().nonzero().tolist() == [[1, 3], [2, 17], [4, 18]]
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_a_gradient_of_zero_stays_zero() -> None:
+    job = random_job("gate", (5, 19))
+    run("gate", [job])
+    assert job.out.view(-1)[:2].tolist() == [0.0, 0.0]
+    assert int((job.out == 0).sum()) == 2
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("operation", ["delta", "gate"])
+def test_without_decay_the_weight_is_not_looked_at(operation: str) -> None:
+    job = random_job(operation, (5, 19), "none")
+    ignored = job._replace(out=job.out.clone(), weight=torch.full_like(job.weight, math.nan))
+    run(operation, [job, ignored])
+    assert torch.equal(job.out, ignored.out)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_an_infinite_weight_learns_as_the_formula_says() -> None:
+    job = random_job("learn", (5, 19), "none")
+    job.weight[2, 3] = math.inf
+    run("learn", [job])
+    assert job.weight[2, 3] == math.inf
+    assert int(job.weight.isfinite().sum()) == job.weight.numel() - 1
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("normalize", ["layer", "filter"])
+@pytest.mark.parametrize("size", [3e38, 1e-38, 1e-42])
+def test_huge_and_subnormal_updates(size: float, normalize: str) -> None:
+    job = random_job("delta", (5, 19), "none", normalize)
+    job.A.uniform_(-1, 1).mul_(size)
+    assert_right("delta", [job])
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_the_largest_update_is_exactly_one() -> None:
+    jobs = [random_job("delta", (5, 19)), random_job("delta", (5, 19), normalize="filter")]
+    run("delta", jobs)
+    assert jobs[0].out.abs().amax() == 1
+    assert bool((jobs[1].out.abs().amax(1) == 1).all())
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("normalize", NORMS)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_no_positions_give_no_update(decay: str, normalize: str) -> None:
+    job = random_job("delta", (5, 19), decay, normalize)
+    job.A.zero_()
+    job.moments.zero_()
+    run("delta", [job])
+    assert bool((job.out == 0).all())
+
+
+def test_empty_layers_and_empty_lists() -> None:
+    full = random_job("gate", (4, 4))
+    jobs = [random_job("gate", (4, 4))._replace(out=torch.empty(0, 4)), full]
+    run("gate", jobs)
+    assert not bool(full.out.isnan().any())
+    with recording() as launches:
+        run("gate", [])
+        run("learn", [job._replace(A=job.A[:0], weight=job.weight[:0], out=job.out[:0]) for job in jobs])
+    assert launches == []
+
+
+def test_table_is_made_again_only_when_something_moved() -> None:
+    job = random_job("gate", (4, 4))
+    run("gate", [job])
+    before = epilogue._upload.cache_info()
+    run("gate", [job])
+    assert epilogue._upload.cache_info().hits == before.hits + 1
+    run("gate", [job._replace(out=job.out.clone())])
+    assert epilogue._upload.cache_info().misses == before.misses + 1
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 1023, 8192, 8193, 65_536, 1_000_003])
+@pytest.mark.parametrize("tile_rows", [2, 8])
+def test_blocks_cover_the_rows(tile_rows: int, rows: int) -> None:
+    per_block = epilogue.rows_per_block(rows, tile_rows)
+    assert per_block % tile_rows == 0
+    assert math.ceil(rows / per_block) <= epilogue.MAX_BLOCKS
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (7, 3, 343), (5, 1024), (3, 1, 1)])
+def test_sum_splits_adds_in_order(shape: tuple[int, ...]) -> None:
+    parts = torch.randn(shape)
+    total = torch.zeros(shape[1:])
+    for part in parts:
+        total += part
+    assert torch.equal(epilogue.sum_splits(parts), total)
+
+
+def test_sum_of_one_split_is_no_copy() -> None:
+    parts = torch.randn(1, 3, 4)
+    assert epilogue.sum_splits(parts).data_ptr() == parts.data_ptr()
+
+
+def test_a_wrong_decay_would_be_seen() -> None:
+    job = random_job("delta", (5, 19))
+    run("delta", [job])
+    wrong = expected("delta", job._replace(weight=-1.1 * job.weight), torch.float64)
+    with pytest.raises(AssertionError, match="too far"):
+        assert_as_good(job.out, wrong.float(), wrong, floor_of("delta", job))
