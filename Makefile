@@ -8,7 +8,7 @@ TRITON ?= triton==3.7.1
 # Triton of the oldest supported generation, for the compile check only.
 OLD_TRITON ?= triton==3.6.0
 # Tests in parallel, each process with one thread: more of them only get in each other's way.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -137,6 +137,7 @@ def test_presets_without_a_gate_run_under_an_optimizer(preset: str, gate_at: str
         assert not torch.equal(p, before[name]), name
 
 
+@pytest.mark.large
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_both_modes_are_one_when_every_step_has_one_pass(preset: str) -> None:
@@ -153,6 +154,7 @@ def test_both_modes_are_one_when_every_step_has_one_pass(preset: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.large
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("sums_at", ["forward", "backward"])
 def test_training_is_reproducible_bit_for_bit(sums_at: str) -> None:
