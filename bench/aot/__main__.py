@@ -25,6 +25,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -32,12 +33,15 @@ from rich.table import Table
 from bench.aot.cases import DTYPES, Case, cases
 from bench.aot.compilation import Compilation, specialize
 from bench.aot.measure import Measured, measure
-from bench.gpu.tiles import every_candidate, library
+from bench.gpu.tiles import every_candidate, library, tf32
 from ghl_kernels.backends.triton import arch as architectures
 from ghl_kernels.backends.triton.arch import Arch
 from ghl_kernels.backends.triton.launch import recording
 
 COLUMNS = ("kernel", "arch", "types", "constants", "warps", "regs", "spill", "shared", "matrix", "16 B loads")
+
+# Only products of float32 depend on whether torch allows tf32.
+_TF32 = {name: (False, True) if dtype == torch.float32 else (False,) for name, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass
@@ -58,8 +62,9 @@ def find(options: argparse.Namespace) -> Found:
         for dtype in options.dtype:
             for case in _cases(options, dtype):
                 label = f"{case.name} {dtype} {name}"
+                call = functools.partial(case.run, operations, DTYPES[dtype])
                 try:
-                    wanted = _compilations(functools.partial(case.run, operations, DTYPES[dtype]), arch)
+                    wanted = [c for allowed in _TF32[dtype] for c in _compilations(call, arch, allowed)]
                 except Exception as error:  # the check goes on: one call must not hide the others
                     found.raised.append(f"{label}: {type(error).__name__}: {error}")
                     continue
@@ -70,11 +75,11 @@ def find(options: argparse.Namespace) -> Found:
     return found
 
 
-def _compilations(call: Callable[[], object], arch: Arch) -> list[Compilation]:
+def _compilations(call: Callable[[], object], arch: Arch, tf32_allowed: bool) -> list[Compilation]:
     """What the call launches with the configured tiles and with every other candidate."""
     found = []
     # the library's products would run, on a CPU, and launch nothing that other calls do not
-    with architectures.assume(arch), library(False):
+    with architectures.assume(arch), library(False), tf32(tf32_allowed):
         for context in every_candidate(call):
             with context, recording() as launches:
                 call()

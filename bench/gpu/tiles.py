@@ -59,6 +59,13 @@ def library(used: bool) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Every float32 product inside takes one pass of tf32, or as many as float32 needs."""
+    with mock.patch.object(config, "allows_tf32", return_value=allowed):
+        yield
+
+
 def every_candidate(call: Callable[[], object]) -> Iterator[contextlib.AbstractContextManager[object]]:
     """Contexts in which to make a call, so that together they use the configured tile and all candidates."""
     yield contextlib.nullcontext()

@@ -171,7 +171,7 @@ def test_64_bit_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
         given = random_case(name)
         narrow = run(given)
         with monkeypatch.context() as patch:
-            patch.setattr(depthwise, "_is_long", lambda *_: True)
+            patch.setattr(depthwise, "is_long", lambda *_: True)
             wide = run(given)
         assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
 
@@ -208,4 +208,4 @@ def test_tiles_cover_everything_in_a_bounded_workspace(
         assert tile.taps <= depthwise.MAX_TAPS
         assert tile.slice_length % tile.positions == 0
         assert (tile.slices - 1) * tile.slice_length < positions <= tile.slices * tile.slice_length
-        assert tile.slices == 1 or 8 * tile.slices * units * taps <= depthwise.WORKSPACE
+        assert tile.slices == 1 or 8 * tile.slices * units * taps <= depthwise.WORKSPACE_BYTES

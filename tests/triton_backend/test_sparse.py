@@ -116,7 +116,7 @@ def test_16_bit_inputs(name: str, dtype: torch.dtype) -> None:
 def test_64_bit_offsets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = random_case(name)
     narrow, _ = run(given)
-    monkeypatch.setattr(sparse, "_is_long", lambda *_: True)
+    monkeypatch.setattr(sparse, "is_long", lambda *_: True)
     wide, _ = run(given)
     assert torch.equal(narrow, wide)
 
@@ -206,7 +206,7 @@ def test_the_workspace_is_bounded(entries: int, columns: int, monkeypatch: pytes
     length = sparse.segment_length(entries, columns)
     rows = sparse.workspace_rows(entries, length)
     assert length >= sparse.SEGMENT
-    assert rows <= 4 or 4 * rows * (columns + 1) <= sparse.WORKSPACE
+    assert rows <= 4 or 4 * rows * (columns + 1) <= sparse.WORKSPACE_BYTES
 
 
 def test_segments_never_share_a_row_of_the_workspace() -> None:

@@ -179,7 +179,7 @@ def test_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dims", [0, 2])
 def test_long_offsets(monkeypatch: pytest.MonkeyPatch, dims: int) -> None:
     """The 64-bit form of the kernel, which only sizes beyond memory here would choose."""
-    monkeypatch.setattr(correlate, "_SHORT", 1)
+    monkeypatch.setattr(correlate, "is_long", lambda *_: True)
     if dims:
         geometry = Geometry((3, 3), (1, 2), (1, 1), (1, 1), 2)
         x = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last)

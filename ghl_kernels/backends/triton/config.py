@@ -198,10 +198,11 @@ def precision(dtype: torch.dtype, *, is_conv: bool, arch: Arch) -> str:
     """How tl.dot multiplies float32: in one pass of tf32 where torch allows that to its own products."""
     if dtype != torch.float32 or arch.is_amd:
         return "ieee"
-    return "tf32" if _allows_tf32(is_conv) else "tf32x3"
+    return "tf32" if allows_tf32(is_conv) else "tf32x3"
 
 
-def _allows_tf32(is_conv: bool) -> bool:
+def allows_tf32(is_conv: bool) -> bool:
+    """Whether torch may multiply float32 in tf32; convolutions have a setting of their own."""
     setting = getattr(torch.backends.cudnn, "conv", None) if is_conv else torch.backends.cuda.matmul
     precision = getattr(setting, "fp32_precision", None)
     if precision is not None:  # torch >= 2.9, where reading the older flag may raise

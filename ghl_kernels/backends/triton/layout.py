@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ghl_kernels._geometry import Geometry
 
+VECTOR = 8  # elements; 16 bytes, one load, of the narrowest dtype
+_SHORT = 1 << 30  # what 31 bits hold, with a tile's width and a padded row to spare
+
 
 class Responses(NamedTuple):
     """u or dL/du as a matrix of positions and units.
@@ -27,13 +30,17 @@ class Responses(NamedTuple):
     unit_stride: int
 
     @property
-    def strides(self) -> dict[str, int]:
-        """Arguments of a kernel, by the names that all kernels use."""
+    def is_aligned(self) -> bool:
+        """Contiguous units, every position beginning at a multiple of VECTOR."""
+        return self.unit_stride == 1 and not (self.batch_stride % VECTOR or self.position_stride % VECTOR)
+
+    def arguments(self, name: str, vector: int) -> dict[str, int]:
+        """Arguments of a kernel by their names, the strides of positions in multiples of ``vector``."""
         return {
-            "inner": self.inner,
-            "batch_stride": self.batch_stride,
-            "position_stride": self.position_stride,
-            "unit_stride": self.unit_stride,
+            f"{name}_inner": self.inner,
+            f"{name}_batch_stride": self.batch_stride // vector,
+            f"{name}_position_stride": self.position_stride // vector,
+            f"{name}_unit_stride": self.unit_stride,
         }
 
 
@@ -104,8 +111,20 @@ class Patches(NamedTuple):
         return math.prod(self.kernel)
 
     @property
-    def arguments(self) -> dict[str, int]:
-        """Arguments of a kernel that calls patch.locate, by name."""
+    def is_aligned(self) -> bool:
+        """Contiguous channels, every step in another dimension a multiple of VECTOR."""
+        return self.channel_stride == 1 and not any(s % VECTOR for s in (self.batch_stride, *self.strides))
+
+    @property
+    def vector(self) -> int:
+        """Channels of a group that one load can always take."""
+        return VECTOR if self.is_aligned and self.channels % VECTOR == 0 else 1
+
+    def arguments(self, vector: int) -> dict[str, int]:
+        """Arguments of a kernel that calls patch.locate; strides but the channel's count ``vector`` elements.
+
+        The compiler cannot see a factor in an argument, only in a product: the kernel multiplies by VECTOR.
+        """
         named = {
             "in": self.in_size,
             "out": self.out_size,
@@ -113,7 +132,7 @@ class Patches(NamedTuple):
             "stride": self.stride,
             "pad": self.padding,
             "dilation": self.dilation,
-            "x_stride": self.strides,
+            "x_stride": tuple(stride // vector for stride in self.strides),
         }
         sizes = {
             f"out_{axis}_magic": magic(max(size, 1)) for axis, size in zip("dhw", self.out_size, strict=True)
@@ -123,7 +142,8 @@ class Patches(NamedTuple):
             for name, three in named.items()
             for axis, value in zip("dhw", three, strict=True)
         }
-        return sizes | {"x_stride_b": self.batch_stride, "x_stride_c": self.channel_stride}
+        strides = {"x_stride_b": self.batch_stride // vector, "x_stride_c": self.channel_stride}
+        return sizes | strides | {"DIMS": self.dims, "VECTOR": vector}
 
 
 def patches(x: Tensor, geometry: Geometry | None) -> Patches:
@@ -151,6 +171,14 @@ def patches(x: Tensor, geometry: Geometry | None) -> Patches:
         _three(x.stride()[2:], 0),
         len(size),
     )
+
+
+def is_long(count: int, *tensors: Tensor) -> bool:
+    """Whether an index below ``count``, or an offset in one of the tensors, may not fit 31 bits."""
+    reach = (
+        sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) for t in tensors
+    )
+    return max(count, *reach) >= _SHORT
 
 
 def magic(divisor: int) -> int:

@@ -79,6 +79,25 @@ def activities(
 
 
 @triton.jit
+def _field_at(field, position, inside, outside):
+    value = outside
+    if field is not None:
+        value = tl.load(field + position, mask=inside, other=outside)
+    return value
+
+
+@triton.jit
+def load_state(threshold, cut, logsumexp, first, position, inside):
+    """The four fields of the State at positions of any shape; where not ``inside``, such that y is 0."""
+    return (
+        _field_at(threshold, position, inside, float("inf")),
+        _field_at(cut, position, inside, 0),
+        _field_at(logsumexp, position, inside, 0.0),
+        _field_at(first, position, inside, 0),
+    )
+
+
+@triton.jit
 def position_offset(position, inner, batch_stride, position_stride):
     """Where a position of layout.Responses begins, in elements; 64-bit."""
     batch, within = position // inner, position % inner

@@ -60,25 +60,16 @@ def activity_sums_kernel(
             mask=here[:, None] & (unit < units)[None, :],
             other=float("-inf") if ACTIVITY == "softmax" else 0.0,
         ).to(tl.float32)
-        threshold = tl.zeros((BP,), tl.float32)
-        cut = tl.zeros((BP,), tl.int32)
-        logsumexp = tl.zeros((BP,), tl.float32)
-        first = tl.zeros((BP,), tl.int32)
-        if threshold_ptr is not None:
-            threshold = tl.load(threshold_ptr + position, mask=here, other=float("inf"))
-        if cut_ptr is not None:
-            cut = tl.load(cut_ptr + position, mask=here, other=-1)
-        if logsumexp_ptr is not None:
-            logsumexp = tl.load(logsumexp_ptr + position, mask=here, other=0.0)
-        if first_ptr is not None:
-            first = tl.load(first_ptr + position, mask=here, other=-1)
+        threshold, cut, logsumexp, first = activity.load_state(
+            threshold_ptr, cut_ptr, logsumexp_ptr, first_ptr, position[:, None], here[:, None]
+        )
         total += activity.activities(
             u,
             unit[None, :],
-            threshold[:, None],
-            cut[:, None],
-            logsumexp[:, None],
-            first[:, None],
+            threshold,
+            cut,
+            logsumexp,
+            first,
             scale,
             ACTIVITY,
             SELECTS,

@@ -17,28 +17,15 @@ from torch import Tensor
 from ghl_kernels.backends.triton import config
 from ghl_kernels.backends.triton.arch import of as arch_of
 from ghl_kernels.backends.triton.kernels import compete
-from ghl_kernels.backends.triton.kernels.activity import LOG2E, State, activities, constants
+from ghl_kernels.backends.triton.kernels.activity import LOG2E, State, activities, constants, load_state
 from ghl_kernels.backends.triton.kernels.epilogue import sum_splits
-from ghl_kernels.backends.triton.kernels.patch import along, divide, split_tap
+from ghl_kernels.backends.triton.kernels.patch import GEOMETRY, locate, split_tap
 from ghl_kernels.backends.triton.launch import launch, workspace
-from ghl_kernels.backends.triton.layout import Patches, Responses
+from ghl_kernels.backends.triton.layout import VECTOR, Patches, Responses, is_long
 from ghl_kernels.rule import Competition
 
-# Offsets and positions up to here fit 31 bits with a tile's width to spare.
-_SHORT = 1 << 30
-_VECTOR = 8  # elements of 16 bits that one load takes
-
 # Specializing on these would compile a kernel per layer and gain nothing.
-_PLAIN = [
-    "slice_length",
-    "unit_blocks",
-    "column_blocks",
-    "groups",
-    "out_d_magic",
-    "out_h_magic",
-    "out_w_magic",
-    *(f"{name}_{axis}" for name in ("in", "out", "kernel", "stride", "pad", "dilation") for axis in "dhw"),
-]
+_PLAIN = [*GEOMETRY, "slice_length", "unit_blocks", "column_blocks", "groups"]
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -158,23 +145,37 @@ def correlate_kernel(
     for p0 in tl.range(start, tl.minimum(start + slice_length, positions), POSITIONS, num_stages=STAGES):
         p = p0 + tl.arange(0, POSITIONS)
         in_positions = p < positions
-        in_x = in_positions[:, None] & in_columns[None, :]
-        if DIMS == 0:
-            x_row = p[:, None] * (x_stride_b * VECTOR)
-        else:
-            rest = divide(p, out_w, out_w_magic, LONG)
-            i_w, inside = along((p - rest * out_w)[:, None], tap_w, stride_w, pad_w, dilation_w, in_w)
-            x_row, in_x = i_w * (x_stride_w * VECTOR), in_x & inside
-            item = divide(rest, out_h, out_h_magic, LONG)
-            if DIMS > 1:
-                i_h, inside = along((rest - item * out_h)[:, None], tap_h, stride_h, pad_h, dilation_h, in_h)
-                x_row, in_x = x_row + i_h * (x_stride_h * VECTOR), in_x & inside
-            if DIMS > 2:
-                rest = item
-                item = divide(rest, out_d, out_d_magic, LONG)
-                i_d, inside = along((rest - item * out_d)[:, None], tap_d, stride_d, pad_d, dilation_d, in_d)
-                x_row, in_x = x_row + i_d * (x_stride_d * VECTOR), in_x & inside
-            x_row += item[:, None] * (x_stride_b * VECTOR)
+        x_row, in_x = locate(
+            p[:, None],
+            tap_d,
+            tap_h,
+            tap_w,
+            in_d,
+            in_h,
+            in_w,
+            out_d,
+            out_h,
+            out_w,
+            out_d_magic,
+            out_h_magic,
+            out_w_magic,
+            stride_d,
+            stride_h,
+            stride_w,
+            pad_d,
+            pad_h,
+            pad_w,
+            dilation_d,
+            dilation_h,
+            dilation_w,
+            x_stride_d * VECTOR,
+            x_stride_h * VECTOR,
+            x_stride_w * VECTOR,
+            x_stride_b * VECTOR,
+            DIMS,
+            LONG,
+        )
+        in_x &= in_positions[:, None] & in_columns[None, :]
         x = tl.load(x_ptr + x_row + x_column, mask=in_x, other=0.0)
         in_u = in_positions[:, None] & in_units[None, :]
         if g_ptr is not None:
@@ -191,7 +192,7 @@ def correlate_kernel(
                 y = softmax(u, in_positions, scale)
             else:
                 threshold, cut, logsumexp, first = load_state(
-                    threshold_ptr, cut_ptr, logsumexp_ptr, first_ptr, p, in_positions, SELECTS
+                    threshold_ptr, cut_ptr, logsumexp_ptr, first_ptr, p[:, None], in_positions[:, None]
                 )
                 y = activities(
                     u, unit[None, :], threshold, cut, logsumexp, first, scale, ACTIVITY, SELECTS, ANTI
@@ -221,29 +222,6 @@ def softmax(u, in_positions, scale):
     """softmax over the units of a tile that holds all of them, 0 outside the positions."""
     e = tl.exp2((u - tl.max(u, 1)[:, None]) * (scale * LOG2E))
     return tl.where(in_positions[:, None], e / tl.sum(e, 1)[:, None], 0.0)
-
-
-@triton.jit
-def load_state(
-    threshold_ptr, cut_ptr, logsumexp_ptr, first_ptr, position, in_positions, SELECTS: tl.constexpr
-):
-    """The fields of the State as columns; outside the positions such that y is 0."""
-    threshold = 0.0
-    cut = 0
-    logsumexp = 0.0
-    first = 0
-    if threshold_ptr is not None:
-        threshold = tl.load(
-            threshold_ptr + position, mask=in_positions, other=float("inf") if SELECTS else 0.0
-        )
-        threshold = threshold[:, None]
-    if cut_ptr is not None:
-        cut = tl.load(cut_ptr + position, mask=in_positions, other=0)[:, None]
-    if logsumexp_ptr is not None:
-        logsumexp = tl.load(logsumexp_ptr + position, mask=in_positions, other=0.0)[:, None]
-    if first_ptr is not None:
-        first = tl.load(first_ptr + position, mask=in_positions, other=0)[:, None]
-    return threshold, cut, logsumexp, first
 
 
 def correlate(
@@ -302,11 +280,13 @@ def correlate(
         groups=x.groups,
         **_state_arguments(state),
         **_response_arguments(u, grad, problem),
-        **_patch_arguments(x, problem),
+        **x.arguments(x.vector),
+        channels=x.channels // x.vector,
+        columns=columns // x.vector,
         **constants(competition),
         STATE_HERE=problem.state_here,
         WITHIN_TAP=config.within_tap(problem, tile),
-        LONG=_is_long(x.tensor, u, grad),
+        LONG=is_long(some.positions, x.tensor, *(view.tensor for view in (u, grad) if view)),
         PRECISION=config.precision(x.tensor.dtype, is_conv=x.dims > 0, arch=arch),
         UNITS=tile.units,
         COLUMNS=tile.columns,
@@ -325,50 +305,15 @@ def _response_arguments(
     u: Responses | None, grad: Responses | None, problem: config.Problem
 ) -> dict[str, Any]:
     """u and dL/du by name, their sizes in multiples of UNIT_VECTOR; the absent one borrows the other's."""
-    views = {"u": u or grad, "grad": grad or u}
     vector = _unit_vector(u, grad, problem.units)
     arguments: dict[str, Any] = {"units": problem.units // vector, "UNIT_VECTOR": vector}
-    for name, view in views.items():
+    for name, view in {"u": u or grad, "grad": grad or u}.items():
         assert view is not None
-        arguments |= {
-            f"{name}_inner": view.inner,
-            f"{name}_batch_stride": view.batch_stride // vector,
-            f"{name}_position_stride": view.position_stride // vector,
-            f"{name}_unit_stride": view.unit_stride,
-            f"{name.upper()}_ROWS": view.inner == 1,
-        }
+        arguments |= view.arguments(name, vector) | {f"{name.upper()}_ROWS": view.inner == 1}
     return arguments | {"u_ptr": u.tensor if u else None, "grad_ptr": grad.tensor if grad else None}
 
 
 def _unit_vector(u: Responses | None, grad: Responses | None, units: int) -> int:
     """Units that one load can always take."""
-    views = [view for view in (u, grad) if view]
-    steps = [units, *(stride for view in views for stride in (view.batch_stride, view.position_stride))]
-    contiguous = all(view.unit_stride == 1 for view in views)
-    return _VECTOR if contiguous and not any(step % _VECTOR for step in steps) else 1
-
-
-def _patch_arguments(x: Patches, problem: config.Problem) -> dict[str, Any]:
-    """The geometry by name, channels and strides of x in multiples of VECTOR."""
-    arguments = x.arguments
-    scaled = [name for name in arguments if name.startswith("x_stride_") and name != "x_stride_c"]
-    whole = x.channel_stride == 1 and not any(arguments[name] % _VECTOR for name in scaled)
-    vector = _VECTOR if whole and x.channels % _VECTOR == 0 else 1
-    arguments |= {name: arguments[name] // vector for name in scaled}
-    return arguments | {
-        "channels": x.channels // vector,
-        "columns": problem.columns // vector,
-        "DIMS": x.dims,
-        "VECTOR": vector,
-    }
-
-
-def _is_long(x: Tensor, u: Responses | None, grad: Responses | None) -> bool:
-    """Whether an offset may not fit 31 bits: a tensor's, or a position past the last one."""
-    tensors = [x, *(view.tensor for view in (u, grad) if view)]
-    reach = max(
-        sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) for t in tensors
-    )
-    positions = max(view.positions for view in (u, grad) if view)
-    # a masked-off element still has an offset: up to a padded row or a tile further than the last real one
-    return reach >= _SHORT or positions >= _SHORT
+    whole = units % VECTOR == 0 and all(view.is_aligned for view in (u, grad) if view)
+    return VECTOR if whole else 1

@@ -15,12 +15,18 @@ from torch import Tensor
 
 from ghl_kernels.backends.triton.arch import Arch
 from ghl_kernels.backends.triton.arch import of as arch_of
-from ghl_kernels.backends.triton.kernels.activity import State, activities, constants, position_offset
+from ghl_kernels.backends.triton.config import WORKSPACE_BYTES
+from ghl_kernels.backends.triton.kernels.activity import (
+    State,
+    activities,
+    constants,
+    load_state,
+    position_offset,
+)
 from ghl_kernels.backends.triton.kernels.epilogue import sum_splits
-from ghl_kernels.backends.triton.kernels.locate import GEOMETRY, locate
-from ghl_kernels.backends.triton.kernels.patch import split_tap
+from ghl_kernels.backends.triton.kernels.patch import GEOMETRY, locate, split_tap
 from ghl_kernels.backends.triton.launch import launch, workspace
-from ghl_kernels.backends.triton.layout import Patches, Responses
+from ghl_kernels.backends.triton.layout import VECTOR, Patches, Responses, is_long
 from ghl_kernels.rule import Competition
 
 # Four elements a thread: a tap of both results then takes 8 registers.
@@ -28,11 +34,9 @@ TILE = 512  # positions * units
 MAX_UNITS = 64  # of a tile whose units are contiguous; else of one whose positions are:
 MAX_UNITS_STRIDED = 4
 MAX_TAPS = 9  # of a program
-WORKSPACE = 32 << 20  # bytes
 _LEAST_TILES = 8  # of a slice, so that reading outweighs the reduction at its end
 _PROGRAMS = 4  # for each multiprocessor
 _WARPS = 4
-_VECTOR = 8  # elements; 16 bytes of the narrowest dtype
 
 # Compiling a kernel for each of their values would gain nothing.
 _PLAIN = [
@@ -40,15 +44,6 @@ _PLAIN = [
     *("positions", "units", "taps", "slice_length", "slice_stride", "unit_blocks", "tap_blocks"),
     *(f"x_stride_{axis}" for axis in "bdhw"),
 ]
-
-
-@triton.jit
-def _state_field(field, position, mask, outside):
-    """One field of the State, or what it is outside the positions where the activity does not need it."""
-    value = outside
-    if field is not None:
-        value = tl.load(field + position, mask=mask, other=outside)
-    return value
 
 
 @triton.jit
@@ -159,13 +154,16 @@ def depthwise_kernel(
         mask = in_positions & in_columns
         if parts_A is not None:
             row = position_offset(position, u_inner, u_batch_stride * VECTOR, u_position_stride * VECTOR)
+            at_threshold, at_cut, at_logsumexp, at_first = load_state(
+                threshold, cut, logsumexp, first, position, in_positions
+            )
             y = activities(
                 tl.load(u_unit + row, mask=mask, other=masked_u).to(tl.float32),
                 unit,
-                _state_field(threshold, position, in_positions, float("inf")),
-                _state_field(cut, position, in_positions, 0),
-                _state_field(logsumexp, position, in_positions, 0.0),
-                _state_field(first, position, in_positions, 0),
+                at_threshold,
+                at_cut,
+                at_logsumexp,
+                at_first,
                 scale,
                 ACTIVITY,
                 SELECTS,
@@ -240,14 +238,14 @@ class Tile(NamedTuple):
 
 
 def tile_of(positions: int, units: int, taps: int, results: int, *, units_last: bool, arch: Arch) -> Tile:
-    """Tile and slices: programs to fill the GPU, as long as slices are long and their sums fit WORKSPACE."""
+    """Tile and slices: programs that fill the GPU, while slices are long and their sums fit the workspace."""
     limit = MAX_UNITS if units_last else MAX_UNITS_STRIDED
     tile_units = min(limit, triton.next_power_of_2(units))
     tile_positions = TILE // tile_units
     tap_blocks = triton.cdiv(taps, MAX_TAPS)
     blocks = triton.cdiv(units, tile_units) * tap_blocks
     wanted = triton.cdiv(_PROGRAMS * arch.multiprocessors, blocks)
-    room = WORKSPACE // (4 * results * units * taps)
+    room = WORKSPACE_BYTES // (4 * results * units * taps)
     count = max(1, min(wanted, room, positions // (tile_positions * _LEAST_TILES)))
     length = triton.cdiv(triton.cdiv(positions, count), tile_positions) * tile_positions
     return Tile(
@@ -294,7 +292,7 @@ def correlate(
         unit_blocks=unit_blocks,
         tap_blocks=tap_blocks,
         UNITS_LAST=units_last,
-        LONG=_is_long(x.tensor, u.positions),
+        LONG=is_long(u.positions, x.tensor),
         POSITIONS=tile.positions,
         UNITS=tile.units,
         TAPS=tile.taps,
@@ -305,33 +303,13 @@ def correlate(
 
 def _operands(x: Patches, u: Responses, grad: Responses | None, read: list[Responses]) -> dict[str, Any]:
     """x, u and dL/du by name, units and strides of positions in multiples of VECTOR."""
-    arguments = x.arguments
-    scaled = [f"x_stride_{axis}" for axis in "bdhw"]
-    strides = [arguments[name] for name in scaled]
-    strides += [stride for view in read for stride in (view.batch_stride, view.position_stride)]
-    contiguous = x.channel_stride == 1 and all(view.unit_stride == 1 for view in read)
-    whole = contiguous and u.units == x.groups and all(s % _VECTOR == 0 for s in (u.units, *strides))
-    vector = _VECTOR if whole else 1
-    arguments |= {name: arguments[name] // vector for name in scaled}
-    for name, view in {"u": u, "grad": grad or u}.items():
-        arguments |= {
-            f"{name}_inner": view.inner,
-            f"{name}_batch_stride": view.batch_stride // vector,
-            f"{name}_position_stride": view.position_stride // vector,
-            f"{name}_unit_stride": view.unit_stride,
-        }
+    aligned = x.is_aligned and all(view.is_aligned for view in read)
+    vector = VECTOR if aligned and u.units == x.groups and u.units % VECTOR == 0 else 1
+    arguments = x.arguments(vector) | u.arguments("u", vector) | (grad or u).arguments("grad", vector)
     return arguments | {
         "x": x.tensor,
         "u": u.tensor,
         "grad": grad.tensor if grad else None,
         "units": u.units // vector,
         "units_per_channel": u.units // x.groups,
-        "DIMS": x.dims,
-        "VECTOR": vector,
     }
-
-
-def _is_long(x: Tensor, positions: int) -> bool:
-    """Whether a position or an offset in x may not fit 31 bits; one outside x reaches a little further."""
-    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return max(reach, positions) >= 1 << 30

@@ -15,17 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ghl_kernels.backends import eager
-from ghl_kernels.backends.triton.kernels.locate import GEOMETRY, locate
-from ghl_kernels.backends.triton.kernels.patch import divide, split_tap
+from ghl_kernels.backends.triton.config import WORKSPACE_BYTES
+from ghl_kernels.backends.triton.kernels.patch import GEOMETRY, divide, locate, split_tap
 from ghl_kernels.backends.triton.launch import launch, workspace
-from ghl_kernels.backends.triton.layout import Patches, magic
+from ghl_kernels.backends.triton.layout import Patches, is_long, magic
 
 ENTRIES = 16  # of a segment, gathered at a time
 COLUMNS = 128  # of a patch, per program
 SEGMENT = 256  # entries, where the workspace allows it
-WORKSPACE = 32 << 20  # bytes
 _WARPS = 4
-_VECTOR = 8  # elements; 16 bytes of the narrowest dtype
 
 # Compiling a kernel for each of their values would gain nothing.
 _PLAIN = [
@@ -235,11 +233,11 @@ def combine_kernel(
 
 
 def segment_length(entries: int, columns: int) -> int:
-    """Entries of a segment: SEGMENT, or more so that the workspace takes at most WORKSPACE bytes.
+    """Entries of a segment: SEGMENT, or more so that the workspace takes at most WORKSPACE_BYTES.
 
     The bound gives way only where it does not hold four rows.
     """
-    banks = max(WORKSPACE // (8 * (columns + 1)), 2)
+    banks = max(WORKSPACE_BYTES // (8 * (columns + 1)), 2)
     return max(SEGMENT, triton.cdiv(entries // banks + 1, ENTRIES) * ENTRIES)
 
 
@@ -300,7 +298,9 @@ def correlate(
         gather_kernel,
         segments * blocks,
         **shared,
-        **_patch_arguments(x),
+        **x.arguments(x.vector),
+        x=x.tensor,
+        channels=x.channels // x.vector,
         activity=activity.contiguous(),
         order=order,
         owner=owner,
@@ -310,7 +310,7 @@ def correlate(
         winners=unit.shape[1],
         winners_magic=magic(unit.shape[1]),
         column_blocks=blocks,
-        LONG=_is_long(x.tensor, entries),
+        LONG=is_long(entries, x.tensor),
         WITHIN_TAP=within_tap,
         ENTRIES=ENTRIES,
         COLUMNS=width,
@@ -325,19 +325,3 @@ def correlate(
         COLUMNS=COLUMNS,
     )
     return A, sums
-
-
-def _patch_arguments(x: Patches) -> dict[str, Any]:
-    """The geometry by name, channels and strides of x in multiples of VECTOR."""
-    arguments = x.arguments
-    scaled = [f"x_stride_{axis}" for axis in "bdhw"]
-    whole = x.channel_stride == 1 and x.channels % _VECTOR == 0
-    vector = _VECTOR if whole and all(arguments[name] % _VECTOR == 0 for name in scaled) else 1
-    arguments |= {name: arguments[name] // vector for name in scaled}
-    return arguments | {"x": x.tensor, "channels": x.channels // vector, "DIMS": x.dims, "VECTOR": vector}
-
-
-def _is_long(x: Tensor, entries: int) -> bool:
-    """Whether an entry or an offset in x may not fit 31 bits; one outside x reaches a little further."""
-    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return max(reach, entries) >= 1 << 30
