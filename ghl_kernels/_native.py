@@ -2,8 +2,8 @@
 
 Two failures are different things: a module that was not built (a choice, or no compiler at
 installation) is unavailable; one that was built and does not load is an error to be shown whole.
-GHL_NATIVE_DIR names a folder whose native modules come before the package's own; tools/sanitize
-runs the tests on an instrumented build that way.
+GHL_NATIVE_DIR names folders (separated as in PATH) whose native modules come before the package's own:
+tools/sanitize runs the tests on an instrumented build that way, tools/cuda_on_host the CUDA kernels on a CPU.
 """
 
 import functools
@@ -41,9 +41,9 @@ def build_info() -> dict[str, Any]:
 
 def _import_native(name: str) -> ModuleType:
     """Import ``ghl_kernels.<name>``; raises NativeNotBuilt or NativeBroken."""
-    override = os.environ.get("GHL_NATIVE_DIR")
-    if override and override not in ghl_kernels.__path__:
-        ghl_kernels.__path__.insert(0, override)
+    for override in reversed(os.environ.get("GHL_NATIVE_DIR", "").split(os.pathsep)):
+        if override and override not in ghl_kernels.__path__:
+            ghl_kernels.__path__.insert(0, override)
     qualified = f"ghl_kernels.{name}"
     try:
         return importlib.import_module(qualified)
@@ -82,6 +82,30 @@ def load_cpu() -> ModuleType:
         NativeBroken: it was built and its import failed.
     """
     result = _cpu()
+    if isinstance(result, ModuleType):
+        return result
+    raise result
+
+
+@functools.cache
+def _cuda() -> ModuleType | NativeNotBuilt | NativeBroken:
+    try:
+        return _import_native("_cuda")
+    except NativeNotBuilt as error:
+        return error
+    except NativeBroken as error:
+        warnings.warn(f"{error}; other backends are used instead", RuntimeWarning, stacklevel=2)
+        return error
+
+
+def load_cuda() -> ModuleType:
+    """The module ``ghl_kernels._cuda``; it loads without a GPU and without a driver.
+
+    Raises:
+        NativeNotBuilt: it was not built; the message says why.
+        NativeBroken: it was built and its import failed.
+    """
+    result = _cuda()
     if isinstance(result, ModuleType):
         return result
     raise result

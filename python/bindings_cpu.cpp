@@ -1,16 +1,6 @@
 // ghl_kernels._cpu: the launchers of csrc with the fields of their parameter structs as keyword
 // arguments. No logic lives here; ghl_kernels/_cpu.pyi documents the signatures.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
-#include <cstdint>
-#include <stdexcept>
-#include <string>
-
-#include "ghl/compete.h"
-#include "ghl/correlate.h"
-#include "ghl/epilogue.h"
+#include "binding.h"
 #include "ghl/isa.h"
 
 namespace py = pybind11;
@@ -18,29 +8,14 @@ using py::literals::operator""_a;
 
 namespace {
 
-using Triple = std::array<int64_t, 3>;
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <class E>
-E enumerator(const char* name, int value, E last) {
-  if (value < 0 || value > static_cast<int>(last)) {
-    throw py::value_error(std::string(name) + " must lie between 0 and " +
-                          std::to_string(static_cast<int>(last)) + ", got " + std::to_string(value));
-  }
-  return static_cast<E>(value);
-}
+using ghl::binding::copy;
+using ghl::binding::enumerator;
+using ghl::binding::filters;
+using ghl::binding::layout;
+using ghl::binding::pointer;
+using ghl::binding::Triple;
 
 ghl::DType dtype(const char* name, int value) { return enumerator(name, value, ghl::DType::bf16); }
-ghl::Layout layout(const Triple& t) { return {t[0], t[1], t[2]}; }
-ghl::Filters filters(const Triple& t) { return {t[0], t[1], t[2]}; }
-
-void copy(const Triple& source, int64_t (&target)[3]) {
-  for (int d = 0; d < 3; ++d) target[d] = source[d];
-}
 
 template <class Params>
 void run(ghl::Status (*launcher)(const Params&, int), const Params& params, int threads) {
@@ -49,7 +24,7 @@ void run(ghl::Status (*launcher)(const Params&, int), const Params& params, int 
     const py::gil_scoped_release release;
     status = launcher(params, threads);
   }
-  if (!status.ok) throw std::runtime_error(status.message);
+  ghl::binding::raise_failure(status);
 }
 
 void compete(uintptr_t u, int u_dtype, const Triple& u_layout, int64_t batch, int64_t units,

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
+from ghl_kernels.backends.gpu.layout import patches, responses
+from ghl_kernels.backends.gpu.state import State, needs
 from ghl_kernels.backends.triton import arch
 from ghl_kernels.backends.triton.kernels import depthwise
-from ghl_kernels.backends.triton.kernels.activity import State, needs
-from ghl_kernels.backends.triton.layout import patches, responses
 from ghl_kernels.rule import Competition
 
 COMPETITIONS = [

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
+from ghl_kernels.backends.gpu.layout import patches
 from ghl_kernels.backends.triton.kernels import sparse
 from ghl_kernels.backends.triton.launch import recording
-from ghl_kernels.backends.triton.layout import patches
 from ghl_kernels.rule import Competition
 
 

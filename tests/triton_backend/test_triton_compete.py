@@ -15,11 +15,11 @@ from strategies import UNITS, rules
 from torch import Tensor
 
 from ghl_kernels.backends import eager
+from ghl_kernels.backends.gpu.layout import responses
+from ghl_kernels.backends.gpu.state import needs
 from ghl_kernels.backends.triton.arch import KNOWN, Arch
 from ghl_kernels.backends.triton.kernels import compete, select, tiles
-from ghl_kernels.backends.triton.kernels.activity import needs
 from ghl_kernels.backends.triton.launch import recording
-from ghl_kernels.backends.triton.layout import responses
 from ghl_kernels.rule import Competition
 
 # numpy warns of the infinities and NaN that the interpreter computes with

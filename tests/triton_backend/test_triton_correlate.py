@@ -14,9 +14,9 @@ from torch import Tensor
 from ghl_kernels import reference
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
+from ghl_kernels.backends.gpu.layout import magic, patches, responses
 from ghl_kernels.backends.triton import arch, config
 from ghl_kernels.backends.triton.kernels import compete, correlate
-from ghl_kernels.backends.triton.layout import magic, patches, responses
 from ghl_kernels.rule import Competition, HebbianRule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

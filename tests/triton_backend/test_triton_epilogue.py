@@ -11,8 +11,8 @@ from oracle import EPS32, LAYOUTS, assert_as_good, embed, guards_intact
 from torch import Tensor
 
 from ghl_kernels.backends import eager
+from ghl_kernels.backends.gpu.jobs import Job
 from ghl_kernels.backends.triton.kernels import epilogue
-from ghl_kernels.backends.triton.kernels.epilogue import Job
 from ghl_kernels.backends.triton.launch import recording
 
 # numpy's, from the interpreter, where infinities meet

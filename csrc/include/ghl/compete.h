@@ -5,6 +5,7 @@
 
 #include "ghl/dtype.h"
 #include "ghl/status.h"
+#include "ghl/stream.h"
 
 namespace ghl {
 
@@ -42,11 +43,13 @@ struct CompeteParams {
   float* logsumexp = nullptr;
   float* threshold = nullptr;  // [batch * positions] the winners-th largest u (winners > 0)
   int32_t* cut = nullptr;      // [batch * positions] last unit that wins a tie at the threshold (winners > 0)
+  int32_t* first = nullptr;    // [batch * positions] unit of the largest u, lowest of equals; GPUs only
   // [batch * positions, winners] ascending; the first is -1 where u holds a NaN
   int32_t* winner_unit = nullptr;
   float* winner_activity = nullptr;  // [batch * positions, winners] the activities of those units
 };
 
 Status compete_cpu(const CompeteParams& params, int threads);
+Status compete_cuda(const CompeteParams& params, Stream stream);
 
 }  // namespace ghl

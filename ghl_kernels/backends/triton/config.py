@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ghl_kernels.backends.gpu.memory import WORKSPACE_BYTES
 from ghl_kernels.backends.triton.arch import Arch
 from ghl_kernels.rule import Competition
 
-WORKSPACE_BYTES = 32 << 20  # of all slices of one result; it is read back while it is in L2
 # Least steps of the main loop in a slice: the pipeline's start and the tile's stores cost about as much.
 _LEAST_STEPS = 8
 _STATE_HERE_UNITS = 256

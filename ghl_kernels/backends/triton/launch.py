@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -49,16 +48,3 @@ def recording() -> Iterator[list[Launch]]:
         yield _record
     finally:
         _record = previous
-
-
-def workspace(shape: tuple[int, ...], device: torch.device, purpose: str) -> Tensor:
-    """An uninitialized float32 tensor; out of memory, the error says for what.
-
-    Raises:
-        torch.OutOfMemoryError: with the bytes that were asked for and the purpose.
-    """
-    try:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-    except torch.OutOfMemoryError as error:
-        size = 4 * math.prod(shape) / 2**20
-        raise torch.OutOfMemoryError(f"no memory for a workspace of {size:.0f} MiB for {purpose}") from error

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
+from ghl_kernels.backends.gpu.jobs import Job
+from ghl_kernels.backends.gpu.layout import Patches, patches, responses
+from ghl_kernels.backends.gpu.state import State
 from ghl_kernels.backends.triton import config
 from ghl_kernels.backends.triton.arch import of as arch_of
 from ghl_kernels.backends.triton.kernels import compete as competing
 from ghl_kernels.backends.triton.kernels import correlate, depthwise, epilogue, sparse
-from ghl_kernels.backends.triton.kernels.activity import State
-from ghl_kernels.backends.triton.kernels.epilogue import Job
-from ghl_kernels.backends.triton.layout import Patches, patches, responses
 from ghl_kernels.rule import Competition
 
 # y is written, and read back by the library, in pieces of this part of L2.

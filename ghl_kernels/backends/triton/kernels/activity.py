@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ghl_kernels.rule import Competition
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-class State(NamedTuple):
-    """What is known of each position, float32 or int32 of shape (P,); None where the activity needs it not.
-
-    A position whose u holds a NaN has NaN in threshold and in logsumexp.
-    """
-
-    threshold: Tensor | None  # k-th largest u; without winners NaN or 0, the mark of a bad position
-    cut: Tensor | None  # last unit that wins a tie at the threshold
-    logsumexp: Tensor | None  # of u / temperature over the winners
-    first: Tensor | None  # unit of the largest u, lowest index of equals
-
-
-def needs(competition: Competition) -> tuple[bool, bool, bool, bool]:
-    """Which fields of the State an activity is made from."""
-    selects, softmax = competition.winners > 0, competition.activity == "softmax"
-    return selects or not softmax, selects, softmax, competition.anti
 
 
 def constants(competition: Competition) -> dict[str, Any]:

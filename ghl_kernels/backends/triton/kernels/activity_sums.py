@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ghl_kernels.backends.gpu.layout import Responses
+from ghl_kernels.backends.gpu.state import State
 from ghl_kernels.backends.triton.arch import of as arch_of
 from ghl_kernels.backends.triton.kernels import activity
-from ghl_kernels.backends.triton.kernels.activity import State
 from ghl_kernels.backends.triton.kernels.tiles import grid
 from ghl_kernels.backends.triton.launch import launch
-from ghl_kernels.backends.triton.layout import Responses
 from ghl_kernels.rule import Competition
 
 _WAVES = 4  # programs per multiprocessor

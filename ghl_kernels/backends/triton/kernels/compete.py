@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ghl_kernels.backends.gpu.layout import Responses, responses
+from ghl_kernels.backends.gpu.state import State, needs
 from ghl_kernels.backends.triton.arch import of as arch_of
 from ghl_kernels.backends.triton.kernels import activity, select
-from ghl_kernels.backends.triton.kernels.activity import State
 from ghl_kernels.backends.triton.kernels.activity_sums import activity_sums
 from ghl_kernels.backends.triton.kernels.tiles import grid, tile_of
 from ghl_kernels.backends.triton.launch import launch
-from ghl_kernels.backends.triton.layout import Responses, responses
 from ghl_kernels.rule import Competition
 
 __all__ = ["activities", "activity_sums", "full_state", "state", "winner_lists"]
@@ -237,12 +237,12 @@ def _compete(
 
 
 def state(u: Responses, competition: Competition) -> State:
-    """The state of every position, those fields that activity.needs names; each (P,)."""
+    """The state of every position, those fields that state.needs names; each (P,)."""
     dtypes = (torch.float32, torch.int32, torch.float32, torch.int32)
     fields = State(
         *(
             u.tensor.new_empty(u.positions, dtype=dtype) if needed else None
-            for needed, dtype in zip(activity.needs(competition), dtypes, strict=True)
+            for needed, dtype in zip(needs(competition), dtypes, strict=True)
         )
     )
     _compete(u, competition, **fields._asdict())

@@ -14,14 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ghl_kernels.backends.gpu.layout import VECTOR, Patches, Responses, is_long
+from ghl_kernels.backends.gpu.memory import workspace
+from ghl_kernels.backends.gpu.state import State
 from ghl_kernels.backends.triton import config
 from ghl_kernels.backends.triton.arch import of as arch_of
 from ghl_kernels.backends.triton.kernels import compete
-from ghl_kernels.backends.triton.kernels.activity import LOG2E, State, activities, constants, load_state
+from ghl_kernels.backends.triton.kernels.activity import LOG2E, activities, constants, load_state
 from ghl_kernels.backends.triton.kernels.epilogue import sum_splits
 from ghl_kernels.backends.triton.kernels.patch import GEOMETRY, locate, split_tap
-from ghl_kernels.backends.triton.launch import launch, workspace
-from ghl_kernels.backends.triton.layout import VECTOR, Patches, Responses, is_long
+from ghl_kernels.backends.triton.launch import launch
 from ghl_kernels.rule import Competition
 
 # Specializing on these would compile a kernel per layer and gain nothing.

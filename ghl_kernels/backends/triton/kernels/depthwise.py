@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ghl_kernels.backends.gpu.layout import VECTOR, Patches, Responses, is_long
+from ghl_kernels.backends.gpu.memory import WORKSPACE_BYTES, workspace
+from ghl_kernels.backends.gpu.state import State
 from ghl_kernels.backends.triton.arch import Arch
 from ghl_kernels.backends.triton.arch import of as arch_of
-from ghl_kernels.backends.triton.config import WORKSPACE_BYTES
 from ghl_kernels.backends.triton.kernels.activity import (
-    State,
     activities,
     constants,
     load_state,
@@ -25,8 +26,7 @@ from ghl_kernels.backends.triton.kernels.activity import (
 )
 from ghl_kernels.backends.triton.kernels.epilogue import sum_splits
 from ghl_kernels.backends.triton.kernels.patch import GEOMETRY, locate, split_tap
-from ghl_kernels.backends.triton.launch import launch, workspace
-from ghl_kernels.backends.triton.layout import VECTOR, Patches, Responses, is_long
+from ghl_kernels.backends.triton.launch import launch
 from ghl_kernels.rule import Competition
 
 # Four elements a thread: a tap of both results then takes 8 registers.

@@ -19,7 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ghl_kernels.backends import eager
-from ghl_kernels.backends.triton.launch import launch, workspace
+from ghl_kernels.backends.gpu.jobs import Job, run
+from ghl_kernels.backends.gpu.memory import workspace
+from ghl_kernels.backends.triton.launch import launch
 
 # (rows, columns) that a program holds at a time; longer rows go in pieces. A tile of a single row does not
 # compile for AMD GPUs.
@@ -42,23 +44,6 @@ _NARROW, _WIDE, _WIDE_ALIGNED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2
 _DECAYS = {"none": _NONE.value, "oja": _OJA.value, "instar": _INSTAR.value}
 _NORMS = {"none": _NONE.value, "mean": _MEAN.value, "filter": _FILTER.value, "layer": _LAYER.value}
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-class Job(NamedTuple):
-    """One layer.
-
-    A is float32 of weight's shape, moments are those of eager.new_moments in float32, weight is float32,
-    bfloat16 or float16 of any strides. ``out``, of weight's shape and any strides, is what is written: H
-    (float32), the gradient in place, or the weight in place.
-    """
-
-    A: Tensor
-    moments: Tensor
-    weight: Tensor
-    out: Tensor
-    groups: int
-    decay: str
-    normalize: str
 
 
 class Fields(NamedTuple):
@@ -373,17 +358,17 @@ def sum_splits_kernel(parts, result, splits, size, BLOCK: tl.constexpr):
 
 def delta(jobs: Sequence[Job]) -> None:
     """out <- H of every layer: what eager.delta returns."""
-    _run("delta", jobs)
+    run(jobs, functools.partial(_launch_both, "delta", 0.0))
 
 
 def gate_(jobs: Sequence[Job]) -> None:
     """out <- |H| * sign(out) + (out - out) of every layer, out being the gradient."""
-    _run("gate", jobs)
+    run(jobs, functools.partial(_launch_both, "gate", 0.0))
 
 
 def learn_(jobs: Sequence[Job], lr: float) -> None:
     """out <- weight + lr * H of every layer, out being the weight."""
-    _run("learn", jobs, lr)
+    run(jobs, functools.partial(_launch_both, "learn", lr))
 
 
 def sum_splits(parts: Tensor) -> Tensor:
@@ -417,60 +402,7 @@ def rows_per_block(rows: int, tile_rows: int) -> int:
     return triton.cdiv(tiles, MAX_BLOCKS) * tile_rows
 
 
-def _run(operation: str, jobs: Sequence[Job], rate: float = 0.0) -> None:
-    groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Job]] = {}
-    for job in jobs:
-        if job.out.numel():
-            groups.setdefault((job.out.device, job.weight.dtype, job.out.dtype), []).append(job)
-    for group in groups.values():
-        prepared = [_prepare(job) for job in group]
-        _launch_both(operation, prepared, rate)
-        for job, ready in zip(group, prepared, strict=True):
-            if ready.out is not job.out:
-                job.out.copy_(ready.out)
-
-
-def _prepare(job: Job) -> Job:
-    """The job with its mixing term subtracted and the elements of all rows in out's order, without gaps."""
-    A, decay = job.A, job.decay
-    if decay in ("subspace", "sanger"):
-        A = A - eager.mixing(job.moments, job.weight.flatten(1).to(A.dtype), job.groups, decay).view(A.shape)
-        decay = "none"
-    out = job.out if _has_dense_rows(job.out) else job.out.contiguous()
-    return job._replace(
-        A=_ordered_as(out, A),
-        moments=job.moments.contiguous(),
-        weight=_ordered_as(out, job.weight),
-        out=out,
-        decay=decay,
-    )
-
-
-def _within_row(tensor: Tensor) -> list[tuple[int, int]]:
-    """(stride, size) of the dimensions that a row has."""
-    return [
-        (stride, size) for stride, size in zip(tensor.stride()[1:], tensor.shape[1:], strict=True) if size > 1
-    ]
-
-
-def _has_dense_rows(tensor: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(_within_row(tensor)):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _ordered_as(model: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor itself where its rows are laid out as the model's, otherwise a copy that is."""
-    if _within_row(tensor) == _within_row(model):
-        return tensor
-    strides = (model[0].numel(), *model.stride()[1:])
-    return torch.empty_strided(model.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-def _launch_both(operation: str, jobs: list[Job], rate: float) -> None:
+def _launch_both(operation: str, rate: float, jobs: list[Job]) -> None:
     device = jobs[0].out.device
     fields, starts, blocks, rows = [], [], 0, 0
     for job in jobs:

@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ghl_kernels.backends import eager
-from ghl_kernels.backends.triton.config import WORKSPACE_BYTES
+from ghl_kernels.backends.gpu.layout import Patches, is_long, magic
+from ghl_kernels.backends.gpu.memory import WORKSPACE_BYTES, workspace
 from ghl_kernels.backends.triton.kernels.patch import GEOMETRY, divide, locate, split_tap
-from ghl_kernels.backends.triton.launch import launch, workspace
-from ghl_kernels.backends.triton.layout import Patches, is_long, magic
+from ghl_kernels.backends.triton.launch import launch
 
 ENTRIES = 16  # of a segment, gathered at a time
 COLUMNS = 128  # of a patch, per program

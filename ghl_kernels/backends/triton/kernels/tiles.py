@@ -7,8 +7,8 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
+from ghl_kernels.backends.gpu.layout import Responses
 from ghl_kernels.backends.triton.arch import Arch
-from ghl_kernels.backends.triton.layout import Responses
 
 # Values of u that a lane holds, in float32: enough loads in flight, and registers left to compute with.
 _PER_LANE = 32

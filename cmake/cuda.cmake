@@ -1,0 +1,42 @@
+# ghl_kernels._cuda: for GPUs, or with GHL_CUDA=HOST from the same sources for a CPU.
+# A family is csrc/cuda/<family>*.cu and python/cuda/<family>.cpp, which registers what it defines.
+set(GHL_CUDA_FAMILIES compete pair depthwise sparse epilogue CACHE STRING "Families of kernels to build")
+
+set(kernels "")
+set(bindings python/cuda/module.cpp)
+foreach(family IN LISTS GHL_CUDA_FAMILIES)
+  file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/${family}*.cu)
+  list(APPEND kernels ${sources})
+  list(APPEND bindings python/cuda/${family}.cpp)
+endforeach()
+
+if(GHL_CUDA STREQUAL "HOST")
+  set_source_files_properties(${kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS -Wno-unknown-pragmas)
+  pybind11_add_module(_cuda MODULE NO_EXTRAS ${bindings} ${kernels} csrc/cuda/host/runtime.cpp)
+  target_compile_definitions(_cuda PRIVATE GHL_CUDA_ON_HOST)
+  target_link_libraries(_cuda PRIVATE ghl_options)
+  set(cuda_compiler "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
+  set(architectures host)
+else()
+  set(GHL_CUDA_ARCHS "80-real;90a-real;100-real;100-virtual" CACHE STRING "As CMAKE_CUDA_ARCHITECTURES")
+  # before the language is enabled, which would choose sm_75
+  set(CMAKE_CUDA_ARCHITECTURES ${GHL_CUDA_ARCHS})
+  enable_language(CUDA)
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  find_package(CUDAToolkit REQUIRED)
+  pybind11_add_module(_cuda MODULE NO_EXTRAS ${bindings} ${kernels})
+  target_include_directories(_cuda PRIVATE csrc csrc/include python)
+  target_compile_options(
+    _cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-Xcompiler=-Wall;-Xfatbin=-compress-all>"
+                  "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wshadow>")
+  set_target_properties(_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static)
+  target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
+  set(cuda_compiler "nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
+  list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
+endif()
+
+set_target_properties(_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${GHL_OUTPUT_DIR}")
+set_source_files_properties(
+  python/cuda/module.cpp PROPERTIES COMPILE_DEFINITIONS
+  "GHL_COMPILER=\"${cuda_compiler}\";GHL_ARCHITECTURES=\"${architectures}\";GHL_SANITIZE=$<BOOL:${GHL_SANITIZE}>")

@@ -1,0 +1,64 @@
+// The pair [y; dL/du]^T x: both sums of a layer from one reading of its input.
+#pragma once
+
+#include <cstdint>
+
+#include "ghl/compete.h"
+#include "ghl/correlate.h"
+#include "ghl/dtype.h"
+#include "ghl/epilogue.h"
+#include "ghl/status.h"
+#include "ghl/stream.h"
+
+namespace ghl {
+
+// u or dL/du as a matrix of positions and units. Element (p, n) lies at
+// (p / inner) * stride_batch + (p % inner) * stride_position + n * stride_unit; strides in elements.
+struct Responses {
+  const void* data = nullptr;
+  int64_t inner = 1;  // positions per batch item; 1 where stride_batch alone serves all positions
+  int64_t stride_batch = 0;
+  int64_t stride_position = 0;
+  int64_t stride_unit = 1;
+};
+
+// A = sum_p y_p x_p^T with y = c(u), and G = sum_p (dL/du)_p x_p^T.
+struct PairParams {
+  ConvGeometry geometry;  // a linear layer: batch = rows, every spatial size 1
+  DType dtype = DType::f32;  // of x, u and dL/du
+  bool tf32 = false;         // float32 products may take one pass of tf32
+
+  const void* x = nullptr;  // [batch, channels, in_size...], strides in elements
+  int64_t x_stride_batch = 0;
+  int64_t x_stride_channel = 0;
+  int64_t x_stride[3] = {0, 0, 0};
+
+  int64_t units = 0;  // of all groups
+  Responses u;        // data null: A is not wanted
+  Responses grad;     // data null: G is not wanted
+
+  Activity activity = Activity::softmax;
+  bool selects = false;  // only winners are active
+  bool anti = false;
+  float temperature = 1.0f;
+  // The state of every position, [positions], as compete_cuda writes it: those that the activity needs.
+  // All null: a softmax over all units, whose state the kernel computes itself.
+  const float* threshold = nullptr;
+  const int32_t* cut = nullptr;
+  const float* logsumexp = nullptr;
+  const int32_t* first = nullptr;
+
+  // [units, result_channels, taps], strides in elements; overwritten. Channels of a group from result_channels
+  // on are padding of x.
+  float* a = nullptr;
+  float* g = nullptr;
+  Filters result_layout;
+  int64_t result_channels = 0;
+
+  void* workspace = nullptr;  // pair_cuda_workspace(params, device) bytes, 256-byte aligned
+};
+
+int64_t pair_cuda_workspace(const PairParams& params, int device);
+Status pair_cuda(const PairParams& params, Stream stream);
+
+}  // namespace ghl

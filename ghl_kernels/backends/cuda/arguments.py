@@ -1,0 +1,29 @@
+"""Tensors and rules as the keyword arguments of ``ghl_kernels._cuda``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ghl_kernels.backends.gpu.state import State
+
+DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVITY = {"softmax": 0, "linear": 1, "relu": 2, "binary": 3}
+
+
+def stream_of(tensor: Tensor) -> dict[str, int]:
+    """The device of a tensor and its current stream; zeros where kernels run on the CPU."""
+    if tensor.device.type != "cuda":
+        return {"device": 0, "stream": 0}
+    index = tensor.device.index
+    return {"device": index, "stream": torch.cuda.current_stream(index).cuda_stream}
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the data begins; 0 for a tensor that is not there."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def state_addresses(state: State | None) -> dict[str, int]:
+    """The fields of a state by name, 0 for those it does not have."""
+    return {name: address(getattr(state, name, None)) for name in State._fields}

@@ -1,0 +1,1 @@
+"""What the backends for GPUs share: how tensors look to a kernel, and what surrounds the kernels."""
