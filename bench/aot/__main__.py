@@ -142,7 +142,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write everything to FILE")
     parser.add_argument(
         "--operations",
-        default="ghl_kernels.backends.triton.operations",
+        default="ghl_kernels.backends.triton",
         metavar="MODULE",
         help="where the operations are (the check's own test puts bad kernels there)",
     )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import multiprocessing
 import pathlib
 import re
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from bench.aot.compilation import Compilation, compile_
@@ -44,9 +47,16 @@ class Measured:
 
 
 def measure(compilation: Compilation) -> Measured:
-    """Compile and read; a compilation that fails becomes the problem that is reported."""
-    start = time.perf_counter()
-    base: dict[str, Any] = {
+    """Compile and read, in a process that the compiler may crash; a failure is the problem reported."""
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as apart:
+            return apart.submit(_measure, compilation).result()
+    except BrokenProcessPool:
+        return _failed(compilation, "the compiler crashes (its message is on standard error)")
+
+
+def _about(compilation: Compilation) -> dict[str, Any]:
+    return {
         "kernel": compilation.kernel,
         "arch": compilation.arch.name,
         "constants": _choices(compilation),
@@ -55,21 +65,24 @@ def measure(compilation: Compilation) -> Measured:
         "stages": compilation.options["num_stages"],
         "shared_limit": compilation.arch.shared_memory,
     }
+
+
+def _failed(compilation: Compilation, problem: str) -> Measured:
+    nothing = dict.fromkeys(("registers", "spill", "shared", "dot_rows", "loads", "wide_loads"), 0)
+    return Measured(
+        **_about(compilation), **nothing, serialized=(), matrix={}, seconds=0.0, problems=(problem,)
+    )
+
+
+def _measure(compilation: Compilation) -> Measured:
+    start = time.perf_counter()
     try:
         compiled, log = compile_(compilation, again=True)
     except Exception as error:  # whatever the compiler raises is the finding
-        nothing = dict.fromkeys(("registers", "spill", "shared", "dot_rows", "loads", "wide_loads"), 0)
-        return Measured(
-            **base,
-            **nothing,
-            serialized=(),
-            matrix={},
-            seconds=time.perf_counter() - start,
-            problems=(f"does not compile: {type(error).__name__}: {str(error).strip()[:300]}",),
-        )
+        return _failed(compilation, f"does not compile: {type(error).__name__}: {str(error).strip()[:300]}")
     read = _read_amd if compilation.arch.is_amd else _read_nvidia
     measured = Measured(
-        **base,
+        **_about(compilation),
         **read(compiled, log),
         shared=compiled.metadata.shared,
         dot_rows=_dot_rows(compiled.asm["ttir"]),

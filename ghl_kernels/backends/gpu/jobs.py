@@ -50,9 +50,9 @@ def _prepare(job: Job) -> Job:
         decay = "none"
     out = job.out if _has_dense_rows(job.out) else job.out.contiguous()
     return job._replace(
-        A=_ordered_as(out, A),
+        A=ordered_as(out, A),
         moments=job.moments.contiguous(),
-        weight=_ordered_as(out, job.weight),
+        weight=ordered_as(out, job.weight),
         out=out,
         decay=decay,
     )
@@ -74,7 +74,7 @@ def _has_dense_rows(tensor: Tensor) -> bool:
     return True
 
 
-def _ordered_as(model: Tensor, tensor: Tensor) -> Tensor:
+def ordered_as(model: Tensor, tensor: Tensor) -> Tensor:
     """The tensor itself where its rows are laid out as the model's, otherwise a copy that is."""
     if _within_row(tensor) == _within_row(model):
         return tensor

@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
+from ghl_kernels.backends.gpu import OPERATION_NAMES
+
 _OLDEST = (3, 6)
-_OPERATIONS = {
-    *("compete", "competition_state", "winners", "linear_sums", "linear_pair", "conv_sums", "conv_pair"),
-    *("linear_winner_sums", "conv_winner_sums", "delta", "gate_", "gate_all_", "learn_"),
-}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -94,6 +92,6 @@ def _device_problem(index: int) -> str:
 
 def __getattr__(name: str) -> Any:
     """The operations themselves, from the module that imports Triton."""
-    if name not in _OPERATIONS:
+    if name not in OPERATION_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.operations"), name)
+    return getattr(importlib.import_module(f"{__name__}.operations").OPERATIONS, name)

@@ -80,8 +80,9 @@ def tile(problem: Problem, arch: Arch) -> Tile:
 def candidates(problem: Problem, arch: Arch) -> Iterator[Tile]:
     """Tiles that compile within the architecture's limits, the first one being the default."""
     if problem.itemsize == 4:
-        # the three products of tf32x3 need their operands' rests in registers too
-        yield Tile(32, 32, 32, 4, 2)
+        # the three products of tf32x3 need their operands' rests in registers too; on sm_100 a second stage
+        # makes ptxas aim at fewer registers than there are, and spill
+        yield Tile(32, 32, 32, 4, 1 if arch.name == "sm_100" else 2)
         return
     if arch.has_wgmma:
         yield from _wgmma_candidates(problem)
@@ -125,7 +126,10 @@ def _mma_candidates(problem: Problem, arch: Arch) -> Iterator[Tile]:
     elif problem.results == 2 or problem.state_here:
         if arch.name.startswith("sm_10") and not narrow:
             yield Tile(64, 256, 32, 8, 3)
-        yield Tile(64, 128, 32, 8 if arch.name.startswith("sm_8") else 4, 3)
+        if arch.name.startswith("sm_8"):
+            yield Tile(64, 128, 32, 8, 3 if problem.bounded else 2)
+        else:
+            yield Tile(64, 128, 32, 4, 3)
     else:
         if problem.units > 64:
             yield Tile(128, 128, 32, 8, 3)

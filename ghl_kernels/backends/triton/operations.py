@@ -1,237 +1,53 @@
-"""The operations: layouts here, arithmetic in kernels/ or, where it is faster and as exact, torch's.
-
-float32, bfloat16 and float16 in, float32 sums. Nothing here waits for the GPU.
-"""
+"""The operations of backends/gpu on Triton's kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ghl_kernels._geometry import Geometry
-from ghl_kernels.backends import eager
-from ghl_kernels.backends.gpu.jobs import Job
-from ghl_kernels.backends.gpu.layout import Patches, patches, responses
+from ghl_kernels.backends.gpu.layout import Patches, Responses
+from ghl_kernels.backends.gpu.operations import Operations
 from ghl_kernels.backends.gpu.state import State
 from ghl_kernels.backends.triton import config
 from ghl_kernels.backends.triton.arch import of as arch_of
-from ghl_kernels.backends.triton.kernels import compete as competing
-from ghl_kernels.backends.triton.kernels import correlate, depthwise, epilogue, sparse
+from ghl_kernels.backends.triton.kernels import compete, correlate, depthwise, epilogue, sparse
 from ghl_kernels.rule import Competition
 
-# y is written, and read back by the library, in pieces of this part of L2.
-_CHUNK_OF_L2 = 0.25
-_ALIGNED_CHANNELS = 8  # of 16 bits: one 16-byte load
 
+class TritonOperations(Operations):
+    """Kernels that Triton compiles for the tensors' device."""
 
-def compete(u: Tensor, dim: int, competition: Competition) -> Tensor:
-    """y = c(u), same shape and dtype as u."""
-    return competing.activities(u, dim, competition, u.dtype)
+    competing, depthwise, sparse, epilogue = compete, depthwise, sparse, epilogue
 
+    def correlate(
+        self,
+        x: Patches,
+        u: Responses,
+        grad_u: Responses | None,
+        state: State | None,
+        competition: Competition,
+        shape: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor | None]:
+        A, G = correlate.correlate(x, u, grad_u, state, competition)
+        assert A is not None
+        return _as_filters(A, shape), None if G is None else _as_filters(G, shape)
 
-def competition_state(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tensor, Tensor]:
-    """Per position: the k-th largest u, the last unit that wins a tie at it, logsumexp over the winners."""
-    shape = [size for i, size in enumerate(u.shape) if i != dim]
-    threshold, cut, logsumexp = competing.full_state(responses(u, dim), competition)
-    return threshold.view(shape), cut.view(shape), logsumexp.view(shape)
+    def takes_library(self, x: Patches, units: int, *, pair: bool) -> bool:
+        problem = config.Problem(
+            units // x.groups,
+            x.taps * x.channels,
+            x.channels,
+            x.positions,
+            x.groups,
+            x.tensor.element_size(),
+            results=2 if pair else 1,
+            makes_y=True,
+            state_here=False,
+        )
+        return config.prefers_library(problem, arch_of(x.tensor.device), is_conv=x.dims > 0)
 
-
-def winners(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tensor]:
-    """Winning units (int32, ascending) and their activities, (P, k); the first unit is -1 where u is NaN."""
-    return competing.winner_lists(responses(u, dim), competition)
-
-
-def linear_sums(x: Tensor, u: Tensor, competition: Competition, decay: str) -> tuple[Tensor, Tensor]:
-    """A (N, D) and the moments of y, from x (..., D) and u (..., N)."""
-    A, moments, _ = _linear(x, u, None, competition, decay)
-    return A, moments
-
-
-def linear_pair(
-    x: Tensor, u: Tensor, grad_u: Tensor, competition: Competition, decay: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A (N, D), the moments of y and G (N, D), from x (..., D), u and dL/du (..., N)."""
-    A, moments, G = _linear(x, u, grad_u, competition, decay)
-    assert G is not None
-    return A, moments, G
-
-
-def conv_sums(
-    x: Tensor, u: Tensor, geometry: Geometry, competition: Competition, decay: str
-) -> tuple[Tensor, Tensor]:
-    """A (N, C / groups, *kernel_size) and the moments of y, from x (B, C, *size) and u (B, N, *out_size)."""
-    A, moments, _ = _conv(x, u, None, geometry, competition, decay)
-    return A, moments
-
-
-def conv_pair(
-    x: Tensor, u: Tensor, grad_u: Tensor, geometry: Geometry, competition: Competition, decay: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As conv_sums, and G, from dL/du of u's shape."""
-    A, moments, G = _conv(x, u, grad_u, geometry, competition, decay)
-    assert G is not None
-    return A, moments, G
-
-
-def linear_winner_sums(
-    x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str
-) -> tuple[Tensor, Tensor]:
-    """As linear_sums, from the winners' lists (P, k)."""
-    if decay in ("subspace", "sanger"):
-        return eager.linear_winner_sums(x, unit, activity, units, decay)
-    rows = x.reshape(-1, x.shape[-1])
-    return _winner_sums(rows, patches(rows, None), unit, activity, (units, rows.shape[1]), 1, decay)
-
-
-def conv_winner_sums(
-    x: Tensor, unit: Tensor, activity: Tensor, units: int, geometry: Geometry, decay: str
-) -> tuple[Tensor, Tensor]:
-    """As conv_sums, from the winners' lists (P, k)."""
-    if decay in ("subspace", "sanger"):
-        return eager.conv_winner_sums(x, unit, activity, units, geometry, decay)
-    shape = (units, x.shape[1] // geometry.groups, *geometry.kernel_size)
-    x = _channels_last(x)
-    return _winner_sums(x, patches(x, geometry), unit, activity, shape, geometry.groups, decay)
-
-
-def delta(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str) -> Tensor:
-    """H, of weight's shape and A's dtype."""
-    H = A.new_empty(A.shape)
-    epilogue.delta([Job(A, moments, weight, H, groups, decay, normalize)])
-    return H
-
-
-def gate_(
-    grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
-) -> None:
-    """grad <- |H| * sign(grad) + (grad - grad)."""
-    epilogue.gate_([Job(A, moments, weight, grad, groups, decay, normalize)])
-
-
-def gate_all_(layers: Sequence[tuple[Any, ...]]) -> None:
-    """gate_ of every layer, from its arguments, in two launches for all of one dtype."""
-    epilogue.gate_([Job(A, moments, weight, grad, *rule) for grad, A, moments, weight, *rule in layers])
-
-
-def learn_(
-    weight: Tensor, A: Tensor, moments: Tensor, lr: float, groups: int, decay: str, normalize: str
-) -> None:
-    """weight <- weight + lr * H."""
-    epilogue.learn_([Job(A, moments, weight, weight, groups, decay, normalize)], lr)
-
-
-# --- linear -------------------------------------------------------------------------------------
-
-
-def _linear(
-    x: Tensor, u: Tensor, grad_u: Tensor | None, competition: Competition, decay: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, u = x.reshape(-1, x.shape[-1]), u.reshape(-1, u.shape[-1])
-    grad_u = None if grad_u is None else grad_u.reshape(u.shape)
-    shape = (u.shape[1], x.shape[1])
-    moments = eager.new_moments(u.shape[1], 1, decay, u.shape[0], torch.float32, x.device)
-    if x.numel() == 0 or u.numel() == 0:
-        zeros = x.new_zeros(shape, dtype=torch.float32)
-        return zeros, moments, None if grad_u is None else zeros.clone()
-    if _takes_library(patches(x, None), shape[0], pair=grad_u is not None):
-        return _linear_by_library(x, u, grad_u, competition, decay, moments)
-    rows = _padded(_unit_stride(x), 1)
-    A, G = _sums(patches(rows, None), u, grad_u, 1, competition, decay, moments)
-    return A[:, : shape[1]].contiguous(), moments, None if G is None else G[:, : shape[1]].contiguous()
-
-
-def _linear_by_library(
-    x: Tensor, u: Tensor, grad_u: Tensor | None, competition: Competition, decay: str, moments: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """By the library's products with float32 results, y written a piece at a time."""
-    A: Tensor | None = None
-    for rows in _pieces(u.shape[0], u.shape[1] * u.element_size(), x.device):
-        y = competing.activities(u[rows], 1, competition, x.dtype)
-        A = _add_product(A, y, x[rows])
-        _add_moments(moments, y, u[rows], 1, 1, competition, decay)
-    assert A is not None
-    return A, moments, None if grad_u is None else _add_product(None, grad_u, x)
-
-
-def _add_product(total: Tensor | None, rows: Tensor, x: Tensor) -> Tensor:
-    """total + rows^T x in float32."""
-    if x.dtype == torch.float32 or x.device.type == "cpu":  # only CUDA widens the result of a 16-bit product
-        product = rows.float().t(), x.float()
-        return torch.mm(*product) if total is None else total.addmm_(*product)
-    if total is None:
-        return torch.mm(rows.t(), x, out_dtype=torch.float32)
-    return torch.addmm(total, rows.t(), x, out_dtype=torch.float32)
-
-
-# --- convolutions -------------------------------------------------------------------------------
-
-
-def _conv(
-    x: Tensor,
-    u: Tensor,
-    grad_u: Tensor | None,
-    geometry: Geometry,
-    competition: Competition,
-    decay: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    units, groups = u.shape[1], geometry.groups
-    shape = (units, x.shape[1] // groups, *geometry.kernel_size)
-    positions = u.numel() // max(units, 1)
-    moments = eager.new_moments(units, groups, decay, positions, torch.float32, x.device)
-    if x.numel() == 0 or u.numel() == 0:
-        zeros = x.new_zeros(shape, dtype=torch.float32)
-        return zeros, moments, None if grad_u is None else zeros.clone()
-    if shape[1] == 1:
-        A, G = _depthwise(x, u, grad_u, geometry, competition, decay, moments)
-    elif _takes_library(patches(x, geometry), units, pair=grad_u is not None):
-        return _conv_by_library(x, u, grad_u, geometry, competition, decay, moments)
-    else:
-        padded = _padded(_channels_last(x), groups)
-        A, G = _sums(patches(padded, geometry), u, grad_u, groups, competition, decay, moments)
-    return _as_filters(A, shape), moments, None if G is None else _as_filters(G, shape)
-
-
-def _conv_by_library(
-    x: Tensor,
-    u: Tensor,
-    grad_u: Tensor | None,
-    geometry: Geometry,
-    competition: Competition,
-    decay: str,
-    moments: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """By the library's weight gradient, y written a piece of the batch at a time; float32 only."""
-    shape = (u.shape[1], x.shape[1] // geometry.groups, *geometry.kernel_size)
-    A: Tensor | None = None
-    for items in _pieces(x.shape[0], u[0].numel() * u.element_size(), x.device):
-        y = competing.activities(u[items], 1, competition, x.dtype)
-        part = eager.conv_correlate(x[items], y, shape, geometry)
-        A = part if A is None else A.add_(part)
-        _add_moments(moments, y, u[items], 1, geometry.groups, competition, decay)
-    assert A is not None
-    return A, moments, None if grad_u is None else eager.conv_correlate(x, grad_u, shape, geometry)
-
-
-def _depthwise(
-    x: Tensor,
-    u: Tensor,
-    grad_u: Tensor | None,
-    geometry: Geometry,
-    competition: Competition,
-    decay: str,
-    moments: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    view = responses(u, 1)
-    state = competing.state(view, competition)
-    _add_moments(moments, None, u, 1, geometry.groups, competition, decay, state)
-    grad = None if grad_u is None else responses(grad_u, 1)
-    A, G = depthwise.correlate(patches(x, geometry), view, grad, state, competition, want_A=True)
-    assert A is not None
-    return A, G
+    def l2_bytes(self, device: torch.device) -> int:
+        return arch_of(device).l2
 
 
 def _as_filters(sums: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -240,103 +56,4 @@ def _as_filters(sums: Tensor, shape: tuple[int, ...]) -> Tensor:
     return taps_last.movedim(-1, 1).contiguous()
 
 
-# --- shared -------------------------------------------------------------------------------------
-
-
-def _sums(
-    x: Patches,
-    u: Tensor,
-    grad_u: Tensor | None,
-    groups: int,
-    competition: Competition,
-    decay: str,
-    moments: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """A and G by the fused kernel; the moments are added to."""
-    view = responses(u, 1)
-    state = competing.state(view, competition) if decay == "instar" else None
-    _add_moments(moments, None, u, 1, groups, competition, decay, state)
-    A, G = correlate.correlate(x, view, None if grad_u is None else responses(grad_u, 1), state, competition)
-    assert A is not None
-    return A, G
-
-
-def _add_moments(
-    moments: Tensor,
-    y: Tensor | None,
-    u: Tensor,
-    dim: int,
-    groups: int,
-    competition: Competition,
-    decay: str,
-    state: State | None = None,
-) -> None:
-    """Add what the decay needs of y, which is made from u where it was not written or was rounded."""
-    if decay == "instar":
-        view = responses(u, dim)
-        moments[:-1] += competing.activity_sums(
-            view, state or competing.state(view, competition), competition
-        )
-    elif decay in ("subspace", "sanger"):
-        if y is None or y.dtype != torch.float32:
-            y = competing.activities(u, dim, competition, torch.float32)
-        eager.add_moments(moments, y.movedim(dim, -1), groups, decay)
-
-
-def _winner_sums(
-    x: Tensor,
-    x_patches: Patches,
-    unit: Tensor,
-    activity: Tensor,
-    shape: tuple[int, ...],
-    groups: int,
-    decay: str,
-) -> tuple[Tensor, Tensor]:
-    moments = eager.new_moments(shape[0], groups, decay, unit.shape[0], torch.float32, x.device)
-    if x.numel() == 0 or unit.numel() == 0:
-        return x.new_zeros(shape, dtype=torch.float32), moments
-    A, sums = sparse.correlate(x_patches, unit, activity, shape[0], sum_activity=decay == "instar")
-    if sums is not None:
-        moments[:-1] = sums
-    return A.view(shape), moments
-
-
-def _takes_library(x: Patches, units: int, *, pair: bool) -> bool:
-    problem = config.Problem(
-        units // x.groups,
-        x.taps * x.channels,
-        x.channels,
-        x.positions,
-        x.groups,
-        x.tensor.element_size(),
-        results=2 if pair else 1,
-        makes_y=True,
-        state_here=False,
-    )
-    return config.prefers_library(problem, arch_of(x.tensor.device), is_conv=x.dims > 0)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """Rows with contiguous elements."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """x (B, C, *size) with contiguous channels, a copy where they are not."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _padded(x: Tensor, groups: int) -> Tensor:
-    """x (., C, ...) with zeros up to a multiple of 8 channels in a group, so that 16-bit loads are whole."""
-    missing = -(x.shape[1] // groups) % _ALIGNED_CHANNELS
-    if not missing or x.dtype == torch.float32:
-        return x
-    last = x.movedim(1, -1)
-    padded = F.pad(last.unflatten(-1, (groups, -1)), (0, missing)).flatten(-2)
-    return padded.movedim(-1, 1)
-
-
-def _pieces(items: int, bytes_per_item: int, device: torch.device) -> list[slice]:
-    """The batch in pieces whose y stays in L2."""
-    step = max(1, int(_CHUNK_OF_L2 * arch_of(device).l2 / max(1, bytes_per_item)))
-    return [slice(start, min(start + step, items)) for start in range(0, items, step)]
+OPERATIONS = TritonOperations()

@@ -73,7 +73,8 @@ def tile_of(cut: Grid, units: int, winners: int, gpu: Arch) -> Tile:
     one warp where it fits, so that no reduction has to wait for other warps.
     """
     itemsize = cut.tensor.dtype.itemsize
-    warp_values = _PER_LANE * gpu.warp
+    # with more values in the 64 lanes of AMD's waves LLVM's register allocation crashes for some kernels
+    warp_values = _PER_LANE * gpu.warp // (2 if gpu.is_amd else 1)
     padded = triton.next_power_of_2(units)
     most, chunk = _MOST_UNITS, _CHUNK
     if cut.planes:
@@ -94,8 +95,11 @@ def tile_of(cut: Grid, units: int, winners: int, gpu: Arch) -> Tile:
     values = warp_values if whole and not (is_tight and cut.planes) else warp_values // 2
     if padded <= 64 and not cut.planes:
         values = warp_values * padded // 64
-    warps = max(1, min(_MOST_WARPS, positions * width // values))
     strided = not cut.vectors
+    most_warps = _MOST_WARPS
+    if strided:  # an address for every value
+        values, most_warps = values // 2, 2 * most_warps
+    warps = max(1, min(most_warps, positions * width // values))
     group = _group(units, width, winners, whole, 8 if strided else _VECTOR // itemsize, strided)
     return Tile(positions, width, whole, group, strided, warps)
 
