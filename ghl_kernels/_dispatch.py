@@ -18,9 +18,11 @@ _MODULES = {
     "eager": "ghl_kernels.backends.eager",
     "cpu": "ghl_kernels.backends.cpu",
     "triton": "ghl_kernels.backends.triton",
+    "cuda": "ghl_kernels.backends.cuda",
 }
 # By device type, best first. `auto` takes the first one that can run.
-_PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("triton", "eager")}
+# "cuda" comes after "triton" until a GPU has raced them.
+_PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
 
 # Largest winners / units at which the sparse correlation beats the library's dense weight gradient, by
 # device type and kind of layer. On "cpu" measured by bench/crossover.py on an AMD EPYC (Zen 4), float32; on
@@ -87,7 +89,7 @@ def computes_pairs(device_type: str) -> bool:
 
     On a CPU the library sums G and the input's gradient in one call, which a second operation would undo.
     """
-    return device_type == "cuda" or _Choice.name == "triton"
+    return device_type == "cuda" or _Choice.name in ("triton", "cuda")
 
 
 def backends() -> list[BackendStatus]:
@@ -96,7 +98,7 @@ def backends() -> list[BackendStatus]:
 
 
 class use_backend:  # noqa: N801  reads as a function, and is one until it is entered
-    """Choose the backend of every operation: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"eager"``.
+    """Choose the backend of every operation: ``"auto"``, ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"eager"``.
 
     A call takes effect at once; as a context manager it is undone on leaving. The choice is the
     process's, not the thread's, because autograd runs backward passes in threads of its own.
@@ -119,6 +121,11 @@ class use_backend:  # noqa: N801  reads as a function, and is one until it is en
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _Choice.name = self._previous
+
+
+def is_automatic() -> bool:
+    """Whether no backend was chosen, so that any of them may run an operation."""
+    return _Choice.name == "auto"
 
 
 def select(device: torch.device, dtype: torch.dtype) -> ModuleType:

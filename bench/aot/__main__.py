@@ -95,6 +95,8 @@ def compile_all(compilations: Sequence[Compilation], jobs: int) -> list[Measured
     """Measure in parallel processes, with a bar on standard error."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     context = multiprocessing.get_context("fork")
+    # a hash of all of Triton that every process inherits, and would otherwise take a second to make
+    importlib.import_module("triton.runtime.cache").triton_key()
     with (
         Progress(*columns, console=Console(stderr=True)) as progress,
         concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool,

@@ -45,13 +45,7 @@ def specialize(launch: Launch, arch: Arch) -> Compilation:
 
     kernel = launch.kernel
     backend = make_backend(_target(arch))
-    asked = {
-        **launch.arguments,
-        "num_warps": launch.warps,
-        "num_stages": launch.stages,
-        "enable_fp_fusion": True,
-        "debug": False,
-    }
+    asked = {**launch.arguments, **launch.options, "debug": False}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = binder(**asked)
     options, signature, constants, attributes = kernel._pack_args(

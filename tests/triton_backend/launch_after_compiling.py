@@ -13,9 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.aot.compilation import compile_, specialize
-from ghl_kernels.backends.triton import operations
 from ghl_kernels.backends.triton.arch import KNOWN, assume
 from ghl_kernels.backends.triton.launch import recording
+from ghl_kernels.backends.triton.operations import OPERATIONS
 from ghl_kernels.rule import Competition
 
 ARCH = KNOWN["sm_90"]
@@ -41,14 +41,13 @@ def entries() -> set[str]:
 driver.set_active(Device())
 with assume(ARCH), recording() as launches:
     u, x = torch.empty(64, 96, dtype=torch.bfloat16), torch.empty(64, 128, dtype=torch.bfloat16)
-    operations.linear_pair(x, u, u, Competition("softmax", 0, 1.0, False), "oja")
-    operations.compete(u, 1, Competition("linear", 3, 1.0, False))
+    OPERATIONS.linear_pair(x, u, u, Competition("softmax", 0, 1.0, False), "oja")
+    OPERATIONS.compete(u, 1, Competition("linear", 3, 1.0, False))
     A = torch.empty(96, 128)
-    operations.gate_(A.clone(), A, torch.empty(1), A, 1, "oja", "layer")
+    OPERATIONS.gate_(A.clone(), A, torch.empty(1), A, 1, "oja", "layer")
 for launch in launches:
     compile_(specialize(launch, ARCH))
 before = entries()
 for launch in launches:
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    launch.kernel.warmup(**launch.arguments, **options, grid=(launch.blocks,))
+    launch.kernel.warmup(**launch.arguments, **launch.options, grid=(launch.blocks,))
 print(f"compiled {len(before)} kernels, launches added {len(entries() - before)}")

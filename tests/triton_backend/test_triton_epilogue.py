@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from oracle import EPS32, LAYOUTS, assert_as_good, embed, guards_intact
-from torch import Tensor
+from epilogue_jobs import DECAYS, DTYPES, NORMS, OPERATIONS, RATE, expected, floor_of, random_job
+from oracle import LAYOUTS, assert_as_good, embed, guards_intact
 
-from ghl_kernels.backends import eager
 from ghl_kernels.backends.gpu.jobs import Job
 from ghl_kernels.backends.triton.kernels import epilogue
 from ghl_kernels.backends.triton.launch import recording
@@ -18,11 +17,6 @@ from ghl_kernels.backends.triton.launch import recording
 # numpy's, from the interpreter, where infinities meet
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
-DECAYS = ("none", "oja", "instar", "subspace", "sanger")
-NORMS = ("layer", "filter", "mean", "none")
-OPERATIONS = ("delta", "gate", "learn")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-RATE = 0.37
 # Narrow, narrow with an odd number of rows, aligned, not aligned with several pieces of a row.
 SHAPES = ((4, 2, 2, 1), (3, 5), (4, 16), (3, 3, 7))
 
@@ -32,59 +26,6 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of a layer, rows of a block, and pieces of a row, at sizes that are quick here."""
     for name, value in (("NARROW_ROWS", 2), ("NARROW_COLUMNS", 8), ("WIDE_COLUMNS", 16), ("MAX_BLOCKS", 2)):
         monkeypatch.setattr(epilogue, name, value)
-
-
-def random_job(
-    operation: str,
-    shape: Sequence[int],
-    decay: str = "oja",
-    normalize: str = "layer",
-    *,
-    dtype: torch.dtype = torch.float32,
-    groups: int = 1,
-) -> Job:
-    weight = (torch.randn(*shape) / math.sqrt(max(math.prod(shape[1:]), 1))).to(dtype)
-    A = torch.randn(*shape)
-    moments = eager.new_moments(shape[0], groups, decay, 37, torch.float32, A.device)
-    moments[:-1] = torch.randn(moments.numel() - 1)
-    out = torch.full(tuple(shape), math.nan)
-    if operation == "gate":
-        out = torch.randn(*shape).to(dtype)
-        out.view(-1)[:2] = torch.tensor([0.0, -0.0])
-    elif operation == "learn":
-        out = weight
-    return Job(A, moments, weight, out, groups, decay, normalize)
-
-
-def expected(operation: str, job: Job, dtype: torch.dtype) -> Tensor:
-    """What the operation leaves in out, in torch's operators of the given dtype."""
-    A, moments, weight, out = (t.to(dtype) for t in (job.A, job.moments, job.weight, job.out))
-    H = eager.delta(A, moments, weight, job.groups, job.decay, job.normalize)
-    if operation == "delta":
-        return H
-    return H.abs() * out.sign() + (out - out) if operation == "gate" else weight + RATE * H
-
-
-def floor_of(operation: str, job: Job) -> Tensor:
-    """Eight roundings of all that is added up, over the scale, which is rounded too."""
-    A, moments, W = (t.double().abs() for t in (job.A, job.moments, job.weight))
-    rows, W = A.flatten(1), W.flatten(1)
-    decayed = {
-        "none": lambda: torch.zeros_like(W),
-        "oja": lambda: (W * rows).sum(1, keepdim=True) * W,
-        "instar": lambda: moments[:-1].unsqueeze(1) * W,
-    }.get(job.decay, lambda: eager.mixing(moments, W, job.groups, job.decay))()
-    floor = 8 * EPS32 * (rows + decayed)
-    exact = [t.double() for t in (job.A, job.moments, job.weight)]
-    H = eager.delta(*exact, job.groups, job.decay, "none").flatten(1)
-    if job.normalize == "mean":
-        floor = floor / 37
-    elif job.normalize != "none":
-        dims = (0, 1) if job.normalize == "layer" else (1,)
-        scale = H.abs().amax(dims, keepdim=True) + eager.EPS
-        floor = floor / scale + H.abs() / scale * (floor / scale).amax(dims, keepdim=True)
-    floor = floor.view(job.weight.shape)
-    return RATE * floor + EPS32 * job.weight.double().abs() if operation == "learn" else floor
 
 
 def run(operation: str, jobs: Sequence[Job]) -> None:

@@ -198,6 +198,11 @@ def prefers_library(problem: Problem, arch: Arch, *, is_conv: bool) -> bool:
     return flops / max(moved, 1.0) > (800.0 if problem.itemsize == 2 else 32.0)
 
 
+def prefers_cuda(problem: Problem, arch: Arch) -> bool:
+    """Whether the kernel of the CUDA backend was measured to be faster for this shape than any tile here."""
+    return bool(_measured(arch.name).get(_key(problem) + ":cuda"))
+
+
 def precision(dtype: torch.dtype, *, is_conv: bool, arch: Arch) -> str:
     """How tl.dot multiplies float32: in one pass of tf32 where torch allows that to its own products."""
     if dtype != torch.float32 or arch.is_amd:

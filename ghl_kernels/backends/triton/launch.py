@@ -18,25 +18,34 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]  # by parameter name, constants of the compilation included
     warps: int
     stages: int
+    registers: int | None = None  # that a thread may take; NVIDIA only
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the compilation. Contraction is asked for explicitly: Triton's default is about to change."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True, **limit}
 
 
 _record: list[Launch] | None = None
 
 
-def launch(kernel: Any, blocks: int, *, warps: int, stages: int = 1, **arguments: Any) -> None:
+def launch(
+    kernel: Any, blocks: int, *, warps: int, stages: int = 1, registers: int | None = None, **arguments: Any
+) -> None:
     """Run a kernel on a grid of ``blocks`` (axis 0, the only one that may be long) with arguments by name.
 
-    It runs on the current stream of the tensors' device and nothing waits for it. Floating-point
-    contraction is asked for explicitly: Triton's default is about to change.
+    It runs on the current stream of the tensors' device and nothing waits for it.
     """
     if blocks == 0:
         return
+    asked = Launch(kernel, blocks, arguments, warps, stages, registers)
     if _record is not None:
-        _record.append(Launch(kernel, blocks, arguments, warps, stages))
+        _record.append(asked)
         return
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(blocks,)](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        kernel[(blocks,)](**arguments, **asked.options)
 
 
 @contextlib.contextmanager

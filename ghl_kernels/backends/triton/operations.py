@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ghl_kernels import _dispatch
+from ghl_kernels.backends import cuda
+from ghl_kernels.backends.cuda.operations import OPERATIONS as CUDA_OPERATIONS
 from ghl_kernels.backends.gpu.layout import Patches, Responses
 from ghl_kernels.backends.gpu.operations import Operations
 from ghl_kernels.backends.gpu.state import State
@@ -28,26 +31,38 @@ class TritonOperations(Operations):
         competition: Competition,
         shape: tuple[int, ...],
     ) -> tuple[Tensor, Tensor | None]:
+        problem = _problem(x, shape[0], pair=grad_u is not None)
+        if (
+            config.prefers_cuda(problem, arch_of(x.tensor.device))
+            and _dispatch.is_automatic()
+            and not cuda.refusal(x.tensor.device, x.tensor.dtype)
+        ):
+            return CUDA_OPERATIONS.correlate(x, u, grad_u, state, competition, shape)
         A, G = correlate.correlate(x, u, grad_u, state, competition)
         assert A is not None
         return _as_filters(A, shape), None if G is None else _as_filters(G, shape)
 
     def takes_library(self, x: Patches, units: int, *, pair: bool) -> bool:
-        problem = config.Problem(
-            units // x.groups,
-            x.taps * x.channels,
-            x.channels,
-            x.positions,
-            x.groups,
-            x.tensor.element_size(),
-            results=2 if pair else 1,
-            makes_y=True,
-            state_here=False,
-        )
+        problem = _problem(x, units, pair=pair)
         return config.prefers_library(problem, arch_of(x.tensor.device), is_conv=x.dims > 0)
 
     def l2_bytes(self, device: torch.device) -> int:
         return arch_of(device).l2
+
+
+def _problem(x: Patches, units: int, *, pair: bool) -> config.Problem:
+    """The correlation before it is known where its state will be computed."""
+    return config.Problem(
+        units // x.groups,
+        x.taps * x.channels,
+        x.channels,
+        x.positions,
+        x.groups,
+        x.tensor.element_size(),
+        results=2 if pair else 1,
+        makes_y=True,
+        state_here=False,
+    )
 
 
 def _as_filters(sums: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -216,6 +216,7 @@ def _compete(
         compete_kernel,
         source.items * tiles if u.tensor.numel() else 0,
         warps=tile.warps,
+        registers=tile.registers,
         u_ptr=u.tensor,
         y_ptr=target.tensor if target else None,
         **pointers,

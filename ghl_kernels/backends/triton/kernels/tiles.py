@@ -55,6 +55,10 @@ def grid(u: Responses, inner: int = 0) -> Grid:
     return Grid(u.tensor, u.positions // inner, inner, inner * u.batch_stride, u.batch_stride, u.unit_stride)
 
 
+# Where every value needs an address ptxas would rather spill a few of them than run fewer blocks at a time.
+_REGISTERS_STRIDED = 255
+
+
 class Tile(NamedTuple):
     """How the competition is cut into programs."""
 
@@ -64,6 +68,7 @@ class Tile(NamedTuple):
     group: int  # of units whose maxima bound the k-th largest; 0: k is too large for that
     strided: bool  # a group's units lie far apart, since neighbours are not in one thread
     warps: int
+    registers: int | None  # a thread may take; None: the compiler weighs them against occupancy
 
 
 def tile_of(cut: Grid, units: int, winners: int, gpu: Arch) -> Tile:
@@ -96,12 +101,10 @@ def tile_of(cut: Grid, units: int, winners: int, gpu: Arch) -> Tile:
     if padded <= 64 and not cut.planes:
         values = warp_values * padded // 64
     strided = not cut.vectors
-    most_warps = _MOST_WARPS
-    if strided:  # an address for every value
-        values, most_warps = values // 2, 2 * most_warps
-    warps = max(1, min(most_warps, positions * width // values))
+    warps = max(1, min(_MOST_WARPS, positions * width // values))
     group = _group(units, width, winners, whole, 8 if strided else _VECTOR // itemsize, strided)
-    return Tile(positions, width, whole, group, strided, warps)
+    registers = _REGISTERS_STRIDED if strided and not gpu.is_amd else None
+    return Tile(positions, width, whole, group, strided, warps, registers)
 
 
 def _group(units: int, width: int, winners: int, whole: bool, largest: int, strided: bool) -> int:
