@@ -1,12 +1,14 @@
 """Builds the native modules with CMake and ninja; everything else is in pyproject.toml.
 
 GHL_BUILD_NATIVE, GHL_BUILD_CUDA: unset = build if the compiler is there, say in one line if not;
-1 = its absence is an error; 0 = off. CMAKE_ARGS and MAX_JOBS are honored. torch is not needed.
+1 = its absence is an error; 0 = off. GHL_CUDA_ARCHS names other GPUs, as CMAKE_CUDA_ARCHITECTURES does.
+CMAKE_ARGS and MAX_JOBS are honored. torch is not needed.
 """
 
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = "ghl_kernels"
 BUILD_INFO = "_build_info.json"
+OLDEST_CUDA = 12
 
 
 def choice(variable: str) -> bool | None:
@@ -54,31 +57,57 @@ def missing_for_native() -> str:
 
 def reason_not_native() -> str:
     """Why the native CPU module is not built, or an empty string when it is."""
-    wanted = choice("GHL_BUILD_NATIVE")
+    return reason_not_built("GHL_BUILD_NATIVE", missing_for_native())
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: CUDACXX, that of CUDA_HOME, or the one on PATH or in the usual place."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    wanted = os.environ.get("CUDACXX")
+    return shutil.which(wanted) if wanted else shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+
+
+def missing_for_cuda() -> str:
+    """What is missing for a build with CUDA, or an empty string."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "nvcc was not found (looked at CUDACXX, PATH and CUDA_HOME)"
+    if missing := missing_for_native():
+        return missing
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", told)
+    if release is None:
+        return f"{nvcc} --version does not say its release"
+    if int(release[1]) < OLDEST_CUDA:
+        return f"it needs CUDA {OLDEST_CUDA} or newer, {nvcc} is {release[1]}.{release[2]}"
+    return ""
+
+
+def reason_not_cuda() -> str:
+    """Why the CUDA module is not built, or an empty string when it is."""
+    return reason_not_built("GHL_BUILD_CUDA", missing_for_cuda())
+
+
+def reason_not_built(variable: str, missing: str) -> str:
+    wanted = choice(variable)
     if wanted is False:
-        return "it was switched off by GHL_BUILD_NATIVE=0"
-    missing = missing_for_native()
+        return f"it was switched off by {variable}=0"
     if missing and wanted:
-        raise SystemExit(f"GHL_BUILD_NATIVE=1, but {missing}")
+        raise SystemExit(f"{variable}=1, but {missing}")
     return missing
 
 
-def refuse_cuda() -> None:
-    if choice("GHL_BUILD_CUDA"):
-        raise SystemExit("GHL_BUILD_CUDA=1, but this version has no CUDA module; unset it or set it to 0")
-
-
 class BuildPackage(build_py):
-    """Also records why there is no native module; what was built is recorded by BuildNative."""
+    """Also records which native modules there are not, and why."""
 
     def run(self) -> None:
         super().run()
-        if not self.distribution.ext_modules:
-            folder = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE
-            for stale in folder.glob("_cpu*.so"):
+        folder = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE
+        for name, reason in (("_cpu", NOT_NATIVE), ("_cuda", NOT_CUDA)):
+            for stale in folder.glob(f"{name}*.so") if reason else ():
                 stale.unlink()
-            record = {"native": False, "reason": NOT_NATIVE}
-            (folder / BUILD_INFO).write_text(json.dumps(record) + "\n")
+        record = {"_cpu": NOT_NATIVE, "_cuda": NOT_CUDA}
+        (folder / BUILD_INFO).write_text(json.dumps(record) + "\n")
 
 
 class BuildNative(build_ext):
@@ -97,20 +126,26 @@ class BuildNative(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": self.pybind11_folder(),
             "GHL_OUTPUT_DIR": folder,
+            "GHL_CPU": "OFF" if NOT_NATIVE else "ON",
+            "GHL_CUDA": "OFF" if NOT_CUDA else "ON",
         }
+        if not NOT_CUDA:
+            options["CMAKE_CUDA_COMPILER"] = find_nvcc()
+            if architectures := os.environ.get("GHL_CUDA_ARCHS"):
+                options["GHL_CUDA_ARCHS"] = architectures
         configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja"]
         configure += [f"-D{name}={value}" for name, value in options.items()]
         configure += os.environ.get("CMAKE_ARGS", "").split()
         jobs = os.environ.get("MAX_JOBS")
         self.call(configure)
         self.call([cmake, "--build", build, *(["--parallel", jobs] if jobs else [])])
-        shutil.copy(build / BUILD_INFO, (ROOT / PACKAGE if self.editable_mode else folder) / BUILD_INFO)
 
     @staticmethod
     def call(command: list[object]) -> None:
         if subprocess.run([str(part) for part in command], check=False).returncode != 0:
             raise SystemExit(
-                "the native build failed (see above); GHL_BUILD_NATIVE=0 installs without native kernels"
+                "the native build failed (see above); GHL_BUILD_CUDA=0 installs without CUDA kernels,"
+                " GHL_BUILD_NATIVE=0 without those for CPUs"
             )
 
     @staticmethod
@@ -120,12 +155,13 @@ class BuildNative(build_ext):
         return pybind11.get_cmake_dir()
 
 
-refuse_cuda()
-NOT_NATIVE = reason_not_native()
-if NOT_NATIVE:
-    print(f"{PACKAGE}: installing without the native CPU kernels, because {NOT_NATIVE}", file=sys.stderr)
+NOT_NATIVE, NOT_CUDA = reason_not_native(), reason_not_cuda()
+for kernels, reason in (("native CPU", NOT_NATIVE), ("CUDA", NOT_CUDA)):
+    if reason:
+        print(f"{PACKAGE}: installing without the {kernels} kernels, because {reason}", file=sys.stderr)
 
 setup(
-    ext_modules=[] if NOT_NATIVE else [Extension(f"{PACKAGE}._cpu", sources=[])],
+    # one extension stands for all modules, which one run of CMake builds
+    ext_modules=[] if NOT_NATIVE and NOT_CUDA else [Extension(f"{PACKAGE}._native_modules", sources=[])],
     cmdclass={"build_py": BuildPackage, "build_ext": BuildNative},
 )

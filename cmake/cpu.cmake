@@ -41,15 +41,11 @@ foreach(isa IN LISTS isas)
   endif()
 endforeach()
 
-# What was built and how: for _cpu.build_info() and, as a file beside the module, for the package.
+# What was built and how, for _cpu.build_info().
 set(compiler "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
 get_target_property(flags ghl_options INTERFACE_COMPILE_OPTIONS)
 list(JOIN flags " " flags)
 string(STRIP "${CMAKE_CXX_FLAGS} ${CMAKE_CXX_FLAGS_RELEASE} ${flags}" flags)
-set(openmp_json "$<IF:$<BOOL:${GHL_OPENMP}>,true,false>")
-list(JOIN isas "\", \"" isas_json)
-file(GENERATE OUTPUT "${CMAKE_BINARY_DIR}/_build_info.json" CONTENT
-"{\"native\": true, \"compiler\": \"${compiler}\", \"flags\": \"${flags}\", \"isas\": [\"${isas_json}\"], \"openmp\": ${openmp_json}}\n")
 set_source_files_properties(
   python/bindings_cpu.cpp PROPERTIES COMPILE_DEFINITIONS
   "GHL_COMPILER=\"${compiler}\";GHL_FLAGS=\"${flags}\";GHL_SANITIZE=$<BOOL:${GHL_SANITIZE}>")

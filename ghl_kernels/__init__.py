@@ -14,11 +14,13 @@ from ghl_kernels._dispatch import backends, use_backend
 from ghl_kernels.convert import convert, revert
 from ghl_kernels.nn import GHLConv1d, GHLConv2d, GHLConv3d, GHLLinear
 from ghl_kernels.rule import HebbianRule
+from ghl_kernels.sgd import GHLSGD
 from ghl_kernels.step_gate import StepGate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GHLSGD",
     "GHLConv1d",
     "GHLConv2d",
     "GHLConv3d",

@@ -13,7 +13,6 @@ import os
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 # First, so that the native module finds torch's OpenMP runtime loaded and shares its threads.
 import torch  # noqa: F401
@@ -31,12 +30,12 @@ class NativeBroken(RuntimeError):  # noqa: N818
     """The native module is there and does not load; the cause is chained."""
 
 
-def build_info() -> dict[str, Any]:
-    """What the installation recorded: ``native``, and ``reason`` or ``compiler``, ``flags``, ``isas``."""
+def _recorded_reason(name: str) -> str | None:
+    """Why the installation built no such module; "" where it built one, None where nothing is installed."""
     if not _BUILD_INFO.exists():
-        return {"native": False, "reason": "the package was not installed (run pip install)"}
-    info: dict[str, Any] = json.loads(_BUILD_INFO.read_text())
-    return info
+        return None
+    reason: str | None = json.loads(_BUILD_INFO.read_text()).get(name)
+    return reason
 
 
 def _import_native(name: str) -> ModuleType:
@@ -50,28 +49,42 @@ def _import_native(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != qualified:
             raise NativeBroken(f"{qualified} is there but does not load: {error}") from error
-        raise NativeNotBuilt(_why_not_built(qualified)) from None
+        raise NativeNotBuilt(_why_not_built(name)) from None
     except Exception as error:
         raise NativeBroken(f"{qualified} was built but does not load: {error}") from error
 
 
-def _why_not_built(qualified: str) -> str:
-    info = build_info()
-    if info["native"]:
+def _why_not_built(name: str) -> str:
+    qualified, reason = f"ghl_kernels.{name}", _recorded_reason(name)
+    if reason is None:
+        return f"{qualified} was not built: the package was not installed (run pip install)"
+    if not reason:
         return f"{qualified} was built but is gone, or is another Python's; install the package again"
-    return f"{qualified} was not built: {info['reason']}"
+    return f"{qualified} was not built: {reason}"
 
 
 @functools.cache
-def _cpu() -> ModuleType | NativeNotBuilt | NativeBroken:
+def _load(name: str) -> ModuleType | NativeNotBuilt | NativeBroken:
     try:
-        return _import_native("_cpu")
+        return _import_native(name)
     except NativeNotBuilt as error:
         return error
     except NativeBroken as error:
         # falling back without a word would hide a broken installation behind slow training
-        warnings.warn(f"{error}; torch's own operators are used instead", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{error}; other backends are used instead", RuntimeWarning, stacklevel=3)
         return error
+
+
+def _module_or_raise(name: str) -> ModuleType:
+    result = _load(name)
+    if isinstance(result, ModuleType):
+        return result
+    raise result
+
+
+def _problem(name: str) -> str:
+    result = _load(name)
+    return "" if isinstance(result, ModuleType) else str(result)
 
 
 def load_cpu() -> ModuleType:
@@ -81,21 +94,7 @@ def load_cpu() -> ModuleType:
         NativeNotBuilt: it was not built; the message says why.
         NativeBroken: it was built and its import failed.
     """
-    result = _cpu()
-    if isinstance(result, ModuleType):
-        return result
-    raise result
-
-
-@functools.cache
-def _cuda() -> ModuleType | NativeNotBuilt | NativeBroken:
-    try:
-        return _import_native("_cuda")
-    except NativeNotBuilt as error:
-        return error
-    except NativeBroken as error:
-        warnings.warn(f"{error}; other backends are used instead", RuntimeWarning, stacklevel=2)
-        return error
+    return _module_or_raise("_cpu")
 
 
 def load_cuda() -> ModuleType:
@@ -105,22 +104,23 @@ def load_cuda() -> ModuleType:
         NativeNotBuilt: it was not built; the message says why.
         NativeBroken: it was built and its import failed.
     """
-    result = _cuda()
-    if isinstance(result, ModuleType):
-        return result
-    raise result
+    return _module_or_raise("_cuda")
 
 
 def cpu_problem() -> str:
     """Why the native CPU kernels cannot run, or "" when they can; asked before every operation."""
-    result = _cpu()
-    return "" if isinstance(result, ModuleType) else str(result)
+    return _problem("_cpu")
+
+
+def cuda_problem() -> str:
+    """Why the CUDA kernels cannot run on any machine, or "" when they can where there is a GPU."""
+    return _problem("_cuda")
 
 
 def cpu_status() -> tuple[bool, str]:
     """Whether the native CPU kernels can run, and what they are or why not."""
-    result = _cpu()
-    if not isinstance(result, ModuleType):
-        return False, str(result)
-    info = result.build_info()
-    return True, f"{info['compiler']}, {result.selected_isa()} of {', '.join(info['isas'])}"
+    if problem := cpu_problem():
+        return False, problem
+    module = load_cpu()
+    info = module.build_info()
+    return True, f"{info['compiler']}, {module.selected_isa()} of {', '.join(info['isas'])}"

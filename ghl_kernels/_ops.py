@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ghl_kernels import _check, _dispatch
 from ghl_kernels._geometry import Geometry
-from ghl_kernels.backends.eager import moments_size, sum_dtype
-from ghl_kernels.rule import Activity, Competition, Decay, Normalize
+from ghl_kernels.backends import eager
+from ghl_kernels.backends.eager import SGDOptions, Stepped, moments_size, sum_dtype
+from ghl_kernels.rule import Activity, Competition, Decay, Gate, Normalize
 
 _LIB = torch.library.Library("ghl", "DEF")
 _COMPETITION = "str activity, int winners, float temperature, bool anti"
@@ -407,6 +408,69 @@ def _(weight: Tensor, A: Tensor, moments: Tensor, lr: float, groups: int, decay:
     _check.shape("A", A, weight.shape)
 
 
+@_op(
+    "gated_sgd_(Tensor(a!)[] weights, Tensor(b!)[] momentum_buffers, Tensor[] grads, Tensor[] A,"
+    " Tensor[] moments, bool[] begins, SymInt[] groups, str[] decays, str[] normalizes, str[] gates,"
+    " float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize) -> ()"
+)
+def _gated_sgd_(
+    weights: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    A: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    begins: Sequence[bool],
+    groups: Sequence[int],
+    decays: Sequence[str],
+    normalizes: Sequence[str],
+    gates: Sequence[str],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    buffers: Sequence[Tensor | None] = momentum_buffers if momentum != 0 else [None] * len(weights)
+    rules = groups, decays, normalizes, gates
+    by_backend: dict[ModuleType, list[Stepped]] = {}
+    for fields in zip(weights, grads, A, moments, buffers, begins, *rules, strict=True):
+        layer = Stepped(*fields)
+        _guard_step(layer)
+        module = _dispatch.select(layer.weight.device, layer.weight.dtype)
+        by_backend.setdefault(module, []).append(layer)
+    options = SGDOptions(lr, momentum, dampening, weight_decay, nesterov, maximize)
+    for module, members in by_backend.items():
+        if hasattr(module, "fused_sgd_"):
+            module.fused_sgd_(members, options)
+        else:
+            eager.gated_sgd_(members, options, module)
+    torch.autograd.graph.increment_version([*weights, *momentum_buffers])
+
+
+@_fake("gated_sgd_")
+def _(
+    weights: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    A: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    begins: Sequence[bool],
+    groups: Sequence[int],
+    decays: Sequence[str],
+    normalizes: Sequence[str],
+    gates: Sequence[str],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    for weight, grad in zip(weights, grads, strict=True):
+        _check.shape("grad", grad, weight.shape)
+
+
 # --- guards -------------------------------------------------------------------------------------
 
 
@@ -489,6 +553,20 @@ def _guard_gate(
     _check.shape("grad", grad, weight.shape)
     _check.floats(grad=grad, weight=weight)
     _check.writable("grad", grad)
+
+
+def _guard_step(layer: Stepped) -> None:
+    weight, buffer = layer.weight, layer.momentum_buffer
+    _guard_sums(layer.A, layer.moments, weight, layer.groups, layer.decay, layer.normalize)
+    _check.choice("gate", layer.gate, get_args(Gate))
+    _check.writable("weight", weight)
+    for name, tensor in (("grad", layer.grad), ("momentum_buffer", buffer)):
+        if tensor is not None:
+            _check.shape(name, tensor, weight.shape)
+            _check.floats(**{name: tensor, "weight": weight})
+            _check.same_dtype(**{name: tensor, "weight": weight})
+    if buffer is not None:
+        _check.writable("momentum_buffer", buffer)
 
 
 def _empty_sums(x: Tensor, shape: Sequence[int], groups: int, decay: str) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ def collect() -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "native": _native_build(),
+        "cuda": _cuda_build(),
         "backends": [
             {"name": name, "available": available, "reason": reason}
             for name, available, reason in ghl_kernels.backends()
@@ -49,6 +50,10 @@ def as_text(environment: dict[str, Any]) -> str:
         ]
     else:
         rows.append(("native", f"not available: {native['reason']}"))
+    cuda = environment["cuda"]
+    rows.append(
+        ("CUDA module", f"{cuda['compiler']}, {cuda['architectures']}" if cuda["built"] else cuda["reason"])
+    )
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     lines += ["", "Backends"]
@@ -77,6 +82,13 @@ def _native_build() -> dict[str, Any]:
         return {"available": False, "reason": reason}
     module = _native.load_cpu()
     return {"available": True, **module.build_info(), "selected_isa": module.selected_isa()}
+
+
+def _cuda_build() -> dict[str, Any]:
+    """How the CUDA module was built; whether there is a GPU for it is the backend's to say."""
+    if problem := _native.cuda_problem():
+        return {"built": False, "reason": problem}
+    return {"built": True, **_native.load_cuda().build_info()}
 
 
 def _cpu_name() -> str:

@@ -96,7 +96,11 @@ class Attachment:
         weight = self.layer.weight
         if weight.grad is gated:  # else it was zeroed or replaced after a step that raised
             weight.grad = plain
-            self._weight_version = weight._version
+            self.follow_weight()
+
+    def follow_weight(self) -> None:
+        """Take the weight as it is now: the step itself has changed it."""
+        self._weight_version = self.layer.weight._version
 
     def detach(self) -> None:
         """Undo the attachment."""
@@ -159,6 +163,45 @@ class Attachment:
         )
 
 
+class Attachments:
+    """The layers with gate_at="step" that one optimizer serves, and their sums over all processes."""
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, process_group: Any) -> None:
+        layers = _layers_held(optimizer, model)
+        self._group = _process_group(model, process_group)
+        self._members = [Attachment(name, layer) for name, layer in layers]
+
+    def __iter__(self) -> Iterator[Attachment]:
+        return iter(self._members)
+
+    def sums(self) -> list[tuple[Attachment, list[Tensor]]]:
+        """[A, moments] of every layer that has a gradient; all layers are checked before any is returned."""
+        total = self._reduced([member.sums() for member in self._members])
+        return [(a, sums) for a, sums in zip(self._members, total, strict=True) if sums is not None]
+
+    def detach(self) -> None:
+        """Let go of the layers, which can then be attached again."""
+        for member in self._members:
+            member.detach()
+        self._members = []
+
+    def _reduced(self, local: list[list[Tensor] | None]) -> list[list[Tensor] | None]:
+        """The sums over all processes, by one flat all-reduce per dtype; copies, so local sums stay local."""
+        if self._group is None:
+            return local
+        filled = [s or a.empty_sums() for s, a in zip(local, self._members, strict=True)]
+        reduced: list[list[Tensor] | None] = [None] * len(local)
+        for dtype in sorted({sums[0].dtype for sums in filled}, key=str):
+            members = [i for i, sums in enumerate(filled) if sums[0].dtype == dtype]
+            flat = torch.cat([t.flatten() for i in members for t in filled[i]])
+            torch.distributed.all_reduce(flat, group=self._group)
+            parts = iter(flat.split([t.numel() for i in members for t in filled[i]]))
+            for i in members:
+                total = [next(parts).view(t.shape) for t in filled[i]]
+                reduced[i] = None if local[i] is None else total
+        return reduced
+
+
 class StepGate:
     """Turns accumulated gradients and Hebbian sums into gated gradients just before the optimizer's step.
 
@@ -185,10 +228,8 @@ class StepGate:
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, process_group: Any = None) -> None:
-        layers = _layers_held(optimizer, model)
-        self._group = _process_group(model, process_group)
+        self._attachments = Attachments(optimizer, model, process_group)
         self._optimizer = optimizer
-        self._attachments = [Attachment(name, layer) for name, layer in layers]
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -198,9 +239,8 @@ class StepGate:
         """Detach from the optimizer and the layers, which can then be attached again."""
         for hook in self._hooks:
             hook.remove()
-        for attachment in self._attachments:
-            attachment.detach()
-        self._hooks, self._attachments = [], []
+        self._attachments.detach()
+        self._hooks = []
 
     def __repr__(self) -> str:
         names = ", ".join(attachment.name for attachment in self._attachments)
@@ -237,27 +277,8 @@ class StepGate:
     def _gate(self) -> None:
         self._restore()
         scale = getattr(self._optimizer, "grad_scale", None)
-        local = [attachment.sums() for attachment in self._attachments]  # all checked before any is gated
-        total = self._reduced(local)
-        active = [(a, sums) for a, sums in zip(self._attachments, total, strict=True) if sums is not None]
-        for attachment, gated in _gated(active):
+        for attachment, gated in _gated(self._attachments.sums()):
             attachment.swap(gated if scale is None else gated.mul_(scale))  # fused optimizers divide by it
-
-    def _reduced(self, local: list[list[Tensor] | None]) -> list[list[Tensor] | None]:
-        """The sums over all processes, by one flat all-reduce per dtype; copies, so local sums stay local."""
-        if self._group is None:
-            return local
-        filled = [s or a.empty_sums() for s, a in zip(local, self._attachments, strict=True)]
-        reduced: list[list[Tensor] | None] = [None] * len(local)
-        for dtype in sorted({sums[0].dtype for sums in filled}, key=str):
-            members = [i for i, sums in enumerate(filled) if sums[0].dtype == dtype]
-            flat = torch.cat([t.flatten() for i in members for t in filled[i]])
-            torch.distributed.all_reduce(flat, group=self._group)
-            parts = iter(flat.split([t.numel() for i in members for t in filled[i]]))
-            for i in members:
-                total = [next(parts).view(t.shape) for t in filled[i]]
-                reduced[i] = None if local[i] is None else total
-        return reduced
 
 
 def _gated(active: list[tuple[Attachment, list[Tensor]]]) -> Iterator[tuple[Attachment, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib.util
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,11 @@ import torch
 
 import ghl_kernels as ghl
 from ghl_kernels import _dispatch, _native
+
+# Where tools/cuda_on_host builds the CUDA kernels for the CPU; kernels for a GPU are tested by test_gpu.py.
+HOST_BUILD = pathlib.Path(__file__).resolve().parents[1] / "build" / "cuda-on-host"
+if not torch.cuda.is_available():
+    os.environ.setdefault("GHL_NATIVE_DIR", str(HOST_BUILD))
 
 # Triton reads it when it is imported, so that its kernels run on CPU tensors in the whole session.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -43,23 +49,30 @@ def seed() -> None:
     torch.manual_seed(20260113)
 
 
-@pytest.fixture(params=["eager", "cpu", "triton"])
+@pytest.fixture(params=["eager", "cpu", "triton", "cuda"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test on each backend; one that is not built or installed is skipped, with its reason.
 
-    "cpu" and "triton" are chosen by "auto", which takes them wherever they can run, so that other dtypes go
-    through the fallback that users get; triton's kernels run in its interpreter. A native module that is
-    built and does not load is an error, never a skip.
+    All but "eager" are chosen by "auto", which takes them wherever they can run, so that other dtypes go
+    through the fallback that users get. Triton's kernels run in its interpreter, CUDA's in a build for the
+    host. A native module that is built and does not load is an error, never a skip.
     """
     if request.param == "cpu":
         try:
             _native.load_cpu()
         except _native.NativeNotBuilt as reason:
             pytest.skip(str(reason))
-    if request.param == "triton":
-        if not HAS_TRITON:
-            pytest.skip("triton is not installed")
-        monkeypatch.setattr(_dispatch, "_PREFERENCE", {"cpu": ("triton", "eager")})
+    if request.param == "triton" and not HAS_TRITON:
+        pytest.skip("triton is not installed")
+    if request.param == "cuda":
+        try:
+            on_host = _native.load_cuda().build_info()["on_host"]
+        except _native.NativeNotBuilt as reason:
+            pytest.skip(str(reason))
+        if not on_host:
+            pytest.skip("the CUDA module is built for GPUs, not for the host")
+    if request.param in ("triton", "cuda"):
+        monkeypatch.setattr(_dispatch, "_PREFERENCE", {"cpu": (request.param, "eager")})
         monkeypatch.setattr(_dispatch, "computes_pairs", lambda device_type: True)
     with ghl.use_backend("eager" if request.param == "eager" else "auto"):
         yield request.param

@@ -112,7 +112,7 @@ def test_info_says_why_native_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing = _native.NativeNotBuilt("ghl_kernels._cpu was not built: no C++ compiler was found")
-    monkeypatch.setattr(_native, "_cpu", lambda: missing)
+    monkeypatch.setattr(_native, "_load", lambda name: missing)
     assert main(["info"]) == 0
     assert (
         "not available: ghl_kernels._cpu was not built: no C++ compiler was found" in capsys.readouterr().out

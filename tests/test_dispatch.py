@@ -40,7 +40,7 @@ def native() -> None:
 )
 def no_native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An installation whose native module is missing or does not load; the reason."""
-    monkeypatch.setattr(_native, "_cpu", lambda: request.param)
+    monkeypatch.setattr(_native, "_load", lambda name: request.param)
     return str(request.param)
 
 
@@ -53,7 +53,7 @@ def selected(dtype: torch.dtype = torch.float32) -> str:
 
 def test_table_lists_every_backend_with_a_reason() -> None:
     table = ghl.backends()
-    assert [row.name for row in table] == ["eager", "cpu", "triton"]
+    assert [row.name for row in table] == ["eager", "cpu", "triton", "cuda"]
     assert table[0].available
     assert all(isinstance(row.available, bool) and row.reason for row in table)
 
@@ -180,7 +180,7 @@ def test_explicit_choice_that_is_lost_later_raises_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, native: None
 ) -> None:
     with ghl.use_backend("cpu"):
-        monkeypatch.setattr(_native, "_cpu", lambda: _native.NativeBroken("gone"))
+        monkeypatch.setattr(_native, "_load", lambda name: _native.NativeBroken("gone"))
         with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run .*: gone"):
             ghl.functional.compete(torch.randn(3, 5), RULE)
 

@@ -24,7 +24,7 @@ from bench.gpu.stage import DRY_RUN, Stage, read_json, write_json
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOL = ROOT / "tools" / "gpu_check"
-MEASURED = ("environment", "parity", "pair", "kwta", "steps", "counters")
+MEASURED = ("environment", "parity", "limits", "pair", "kwta", "steps", "counters")
 
 
 def load_tool() -> ModuleType:

@@ -87,6 +87,16 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     if name == "gate_all_":
         some = (slice(1), slice(1, 5), slice(None))
         return [tuple(map(list, zip(*samples("gate_", dtype)[part], strict=True))) for part in some]
+    if name == "gated_sgd_":
+        cases = []
+        for grads, A, moments, weights, *rules in samples("gate_all_", dtype):
+            begins = [i % 2 == 0 for i in range(len(grads))]
+            gates = [("sign", "none")[i % 3 == 2] for i in range(len(grads))]
+            for momentum in (0.0, 0.9):
+                buffers = [torch.randn_like(weight) for weight in weights] if momentum else []
+                lists = (list(map(torch.clone, weights)), buffers, grads, A, moments, begins, *rules, gates)
+                cases.append((*lists, 0.1, momentum, 0.0, 0.01, momentum > 0, False))
+        return cases
     if name == "linear_winner_sums":
         return [
             (draw(5, 3), *_winner_lists(5, 2, 7, dtype), 7, "oja"),
@@ -138,6 +148,7 @@ NAMES = (
     "gate_",
     "gate_all_",
     "learn_",
+    "gated_sgd_",
 )
 
 

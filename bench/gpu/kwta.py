@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 import ghl_kernels as ghl
 from bench.baselines.topk import kwta_topk
 from bench.gpu import ceilings, stage
-from bench.gpu.stage import Stage
-from bench.gpu.timing import l2_bytes, sets_for, time_all
+from bench.gpu.stage import Stage, available_kernels
+from bench.gpu.timing import l2_bytes, sets_for, time_all, within
 from ghl_kernels.rule import Competition
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -55,9 +56,9 @@ def run(this: Stage) -> None:
     """Every case, checked exactly before it is timed."""
     limits = ceilings.load_or_measure(this)
     this.add("ceilings", limits)
-    with ghl.use_backend("triton"):
-        for case in this.each(SMALL if this.dry else CASES, str, least=4):
-            this.attempt(str(case), lambda case=case: _measure(this, case, limits))
+    backends = available_kernels(this)
+    for case in this.each(SMALL if this.dry else CASES, str, least=4):
+        this.attempt(str(case), lambda case=case: _measure(this, case, limits, backends))
 
 
 def calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
@@ -76,27 +77,35 @@ def _operations(u: list[Tensor], competition: Competition) -> dict[str, Callable
     }
 
 
-def _measure(this: Stage, case: Case, limits: dict[str, float]) -> None:
+def _on(backend: str, operation: Callable[[int], object]) -> Callable[[int], object]:
+    return within(operation, functools.partial(ghl.use_backend, backend))
+
+
+def _measure(this: Stage, case: Case, limits: dict[str, float], backends: Sequence[str]) -> None:
     competition = Competition("linear", case.winners, 1.0, False)
     one = case.responses(this.device)
     size = one.numel() * one.element_size()
     # u is read and y is written: both take room in the cache
     sets = sets_for(2 * size, l2_bytes(this.device))
     u = [one, *(case.responses(this.device) for _ in range(sets - 1))]
-    exact = torch.equal(torch.ops.ghl.compete(one, 1, *competition), _reference(one, competition))
-    if not exact:
-        raise AssertionError(f"{case}: the winners are not those of the reference")
-    timed = time_all(
-        _operations(u, competition) | {"topk + scatter": lambda i: kwta_topk(u[i], case.winners)},
-        sets=sets,
-        device=this.device,
-    )
-    moved = {"y": 2 * size, "state": size, "lists": size, "topk + scatter": 2 * size}
+    expected = _reference(one, competition)
+    candidates: dict[str, Callable[[int], object]] = {}
+    for backend in backends:
+        operations = {
+            f"{backend} {what}": _on(backend, run) for what, run in _operations(u, competition).items()
+        }
+        if torch.equal(operations[f"{backend} y"](0), expected):
+            candidates |= operations
+        else:
+            this.errors.append(f"{case}: the winners of {backend} are not those of the reference")
+    candidates["topk + scatter"] = lambda i: kwta_topk(u[i], case.winners)
+    timed = time_all(candidates, sets=sets, device=this.device)
     rival = timed["topk + scatter"].seconds
     for what, sample in timed.items():
         row = {"case": str(case), "what": what, **sample.row()}
         if sample.seconds is not None:
-            floor = ceilings.floor_seconds(limits, case.dtype, moved[what], 0)
+            writes_y = what.endswith((" y", "scatter"))
+            floor = ceilings.floor_seconds(limits, case.dtype, 2 * size if writes_y else size, 0)
             row["of_copy_bandwidth"] = floor / sample.seconds.median if floor else None
             row["times_faster_than_topk"] = rival.median / sample.seconds.median if rival else None
         this.add("kwta", row)

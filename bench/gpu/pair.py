@@ -12,6 +12,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from torch import Tensor
 import ghl_kernels as ghl
 from bench.gpu import ceilings, stage, tiles
 from bench.gpu.layers import LAYERS, SMALL, Layer
-from bench.gpu.stage import Stage, write_json
-from bench.gpu.timing import Timed, l2_bytes, sets_for, time_all
+from bench.gpu.stage import Stage, available_kernels, write_json
+from bench.gpu.timing import Timed, l2_bytes, sets_for, time_all, within
+from ghl_kernels.backends.cuda.kernels import correlate as cuda_correlate
 from ghl_kernels.backends.triton import arch as architectures
 from ghl_kernels.backends.triton import config
 
@@ -112,29 +114,32 @@ def _pair(
 def _ours(
     this: Stage, layer: Layer, pair: Callable[[int], object], problem: config.Problem | None
 ) -> dict[str, Callable[[int], object]]:
-    """The configured call, every tile, and the library path where it is of equal accuracy."""
+    """The configured call, every tile, the CUDA kernels, and the library path where it is as accurate."""
     found: dict[str, Callable[[int], object]] = {"configured": pair}
     kernel = functools.partial(tiles.library, False)
     for tile in config.candidates(problem, architectures.of(this.device)) if problem else ():
         name = f"tile {' '.join(map(str, tile))}"
-        found[name] = _within(pair, kernel, functools.partial(tiles.forced, tile))
+        found[name] = within(pair, kernel, functools.partial(tiles.forced, tile))
+    if "cuda" in available_kernels(this):
+        for form in ("automatic", "mma"):
+            name = "cuda" if form == "automatic" else f"cuda {form}"
+            found[name] = within(
+                pair, functools.partial(ghl.use_backend, "cuda"), functools.partial(_form, form)
+            )
     if not layer.size:
-        found["library path"] = _within(pair, functools.partial(tiles.library, True))
+        found["library path"] = within(pair, functools.partial(tiles.library, True))
     return found
 
 
-def _within(
-    run: Callable[[int], object], *contexts: Callable[[], contextlib.AbstractContextManager[Any]]
-) -> Callable[[int], object]:
-    """``run`` inside contexts that are made anew for every call."""
-
-    def inside(index: int) -> object:
-        with contextlib.ExitStack() as stack:
-            for context in contexts:
-                stack.enter_context(context())
-            return run(index)
-
-    return inside
+@contextlib.contextmanager
+def _form(form: str) -> Iterator[None]:
+    """Every correlation of the CUDA backend inside takes this form of the kernel, never the library."""
+    real = cuda_correlate.correlate
+    with (
+        mock.patch.object(cuda_correlate, "correlate", functools.partial(real, form=form)),
+        mock.patch.object(cuda_correlate, "prefers_library", return_value=False),
+    ):
+        yield
 
 
 def _rivals(
@@ -212,10 +217,11 @@ def _choose(table: dict[str, Any], problem: config.Problem, timed: dict[str, Tim
     fastest = min(by_tile, key=by_tile.__getitem__)
     # the rules come in the order of their weight: the first one to need a shape decides it
     table.setdefault(config._key(problem), [int(part) for part in fastest.split()[1:]])
-    if "library path" in seconds:
-        # this is asked before it is known where the state will be computed
-        key = config._key(problem._replace(state_here=False))
-        table.setdefault(f"{key}:library", seconds["library path"] < by_tile[fastest])
+    # these are asked before it is known where the state will be computed
+    key = config._key(problem._replace(state_here=False))
+    for rival, name in (("library path", "library"), ("cuda", "cuda")):
+        if rival in seconds:
+            table.setdefault(f"{key}:{name}", seconds[rival] < by_tile[fastest])
 
 
 if __name__ == "__main__":

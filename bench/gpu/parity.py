@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ghl_kernels as ghl
 from bench.gpu import stage
-from bench.gpu.stage import Stage
+from bench.gpu.stage import KERNELS, Stage
 from ghl_kernels import reference
 from ghl_kernels._geometry import make_geometry
 from ghl_kernels.rule import Competition, HebbianRule
@@ -127,13 +127,17 @@ def run(this: Stage) -> None:
     """The kernels' sweep, their repeatability, and the other backends' sweeps."""
     # tf32 is the user's choice, and the judge's plain computation does not make it
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    ours, *others = _backends(this)
-    _sweep_all(this, ours)
-    with ghl.use_backend(ours):
-        for layer in this.each(SMALL if this.small else LAYERS, lambda layer: f"repeat {layer.name}", 2):
-            this.attempt(f"repeat {layer.name}", lambda layer=layer: _repeat(this, layer))
-    for backend in others:
+    backends = _backends(this)
+    for backend in backends:
         _sweep_all(this, backend)
+        if backend not in KERNELS:
+            continue
+        with ghl.use_backend(backend):
+            for layer in this.each(SMALL if this.small else LAYERS, lambda layer: f"repeat {layer.name}", 2):
+                this.attempt(
+                    f"{backend}, repeat {layer.name}",
+                    lambda layer=layer, backend=backend: _repeat(this, backend, layer),
+                )
 
 
 def _sweep_all(this: Stage, backend: str) -> None:
@@ -147,13 +151,16 @@ def _sweep_all(this: Stage, backend: str) -> None:
 
 def _backends(this: Stage) -> list[str]:
     """Those that run on the device, the kernels first; the native CPU kernels only where they are built."""
-    if this.small and not this.dry:  # under a memory checker only our own kernels are of interest
-        return ["triton"]
-    names = ("triton", "eager", "cpu") if this.dry else ("triton", "eager")
+    names: tuple[str, ...] = KERNELS
+    if this.dry:
+        names += ("eager", "cpu")
+    elif not this.small:  # under a memory checker only our own kernels are of interest
+        names += ("eager",)
     available = {status.name: status for status in ghl.backends()}
     for name in names:
         if not available[name].available:
             this.absent(f"backend {name}", available[name].reason)
+    # a missing Triton is an error of the check, a module that nobody built is not
     return [name for name in names if available[name].available or name == "triton"]
 
 
@@ -351,7 +358,7 @@ def _winners_check(
     return Check(f"{kind}_winner_sums", call, judge)
 
 
-def _repeat(this: Stage, layer: Layer) -> None:
+def _repeat(this: Stage, backend: str, layer: Layer) -> None:
     """The same bits three times, and from a CUDA graph on new data."""
     dtype = torch.bfloat16
     for name in MAIN_RULES[: 1 if this.small else None]:
@@ -359,10 +366,10 @@ def _repeat(this: Stage, layer: Layer) -> None:
             results = [_flat(check.call()) for _ in range(3)]
             same = all(torch.equal(results[0], other) for other in results[1:])
             captured = None if this.small else torch.equal(_from_graph(check.call), results[0])
-            row = {"case": f"{layer.name}, {name}", "operation": check.name}
+            row = {"backend": backend, "case": f"{layer.name}, {name}", "operation": check.name}
             this.add("repeat", {**row, "bitwise": same, "graph_bitwise": captured})
             if not same or captured is False:
-                this.errors.append(f"{layer.name}, {name}: {check.name} differs from run to run")
+                this.errors.append(f"{backend}, {layer.name}, {name}: {check.name} differs from run to run")
 
 
 def _from_graph(call: Callable[[], Any]) -> Tensor:

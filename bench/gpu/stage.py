@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 
+import ghl_kernels as ghl
+
+KERNELS = ("triton", "cuda")
 T = TypeVar("T")
 DRY_RUN = "DRY RUN ON A CPU: these numbers say nothing about a GPU"
 _CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu,pstate"
@@ -100,6 +103,19 @@ class Stage:
     def _write(self) -> None:
         self._document["seconds"] = round(time.monotonic() - self._start, 1)
         write_json(self._path, self._document)
+
+
+def available_kernels(this: Stage) -> list[str]:
+    """The backends of fused kernels that run here; one that is not there is recorded with its reason."""
+    found = []
+    for status in ghl.backends():
+        if status.name not in KERNELS:
+            continue
+        if status.available:
+            found.append(status.name)
+        else:
+            this.absent(f"backend {status.name}", status.reason)
+    return found
 
 
 def main(name: str, run: Callable[[Stage], None], arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.gpu.stage import DRY_RUN, read_json
 
-STAGES = ("environment", "parity", "pair", "kwta", "steps", "counters")
+STAGES = ("environment", "parity", "limits", "pair", "kwta", "steps", "counters")
 COUNTERS = {
     "gpu__time_duration.sum": "time",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM",
@@ -141,6 +141,9 @@ def _counters(results: Document) -> str:
 _SECTIONS: dict[str, Callable[[Document], str]] = {
     "environment": _environment,
     "parity": _parity,
+    "limits": lambda results: "\n".join(
+        (_table("large", "case", "error")(results), _table("streams", "backend", "ordered")(results))
+    ),
     "pair": _pair,
     "kwta": _table(
         "kwta",

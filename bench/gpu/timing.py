@@ -7,6 +7,7 @@ and percentiles are over rounds. In a dry run the wall clock takes the place of 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -50,6 +51,20 @@ def sets_for(bytes_per_set: int, l2: int) -> int:
 def l2_bytes(device: torch.device) -> int:
     """Of the last-level cache; 0 in a dry run, which needs no rotation."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def within(
+    run: Callable[[int], object], *contexts: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> Callable[[int], object]:
+    """``run`` inside contexts that are made anew for every call."""
+
+    def inside(index: int) -> object:
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            return run(index)
+
+    return inside
 
 
 def time_all(

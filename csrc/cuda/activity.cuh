@@ -61,9 +61,8 @@ __device__ __forceinline__ float activity_of(float u, int32_t unit, const Positi
   if (competition.activity == Activity::relu) y = u > 0.0f ? u : 0.0f;
   if (competition.selects) y = u > at.threshold || (u == at.threshold && unit <= at.cut) ? y : 0.0f;
   if (competition.anti) y = unit == at.first ? y : -y;
-  // comparisons with NaN are false and would hide it
-  const bool bad = at.threshold != at.threshold || at.logsumexp != at.logsumexp;
-  return bad ? __int_as_float(0x7fffffff) : y;
+  // comparisons with NaN are false and would hide it; a logsumexp of NaN shows by itself, in the winners alone
+  return at.threshold != at.threshold ? __int_as_float(0x7fffffff) : y;
 }
 
 }  // namespace ghl

@@ -15,6 +15,12 @@ struct Grid {
   size_t shared = 0;  // dynamic, bytes
 };
 
+constexpr int64_t kMostBlocks = 0x7fffffff;
+
+inline Status too_many_blocks(const std::string& what, const Grid& grid) {
+  return Status::failure(what + ": " + std::to_string(grid.blocks) + " blocks are more than a grid can have");
+}
+
 // What a launcher chooses its configuration by.
 struct DeviceInfo {
   int capability = 0;  // 80, 90, ...
@@ -25,13 +31,14 @@ struct DeviceInfo {
 #ifdef GHL_CUDA_ON_HOST
 
 inline Status device_info(int, DeviceInfo& info) {
-  info = {80, 4, 164 << 10};
+  info = {80, 4, host::kSharedLimit};
   return {};
 }
 
 template <class Params>
 Status launch(const std::string& what, void (*kernel)(Params), const Grid& grid, Stream,
               const Params& params) {
+  if (grid.blocks > kMostBlocks) return too_many_blocks(what, grid);
   try {
     host::launch({static_cast<unsigned>(grid.blocks)}, {static_cast<unsigned>(grid.threads)}, grid.shared,
                  [&] { kernel(params); });
@@ -87,6 +94,7 @@ constexpr size_t kSharedWithoutOptIn = 48 << 10;
 template <class Params>
 Status launch(const std::string& what, void (*kernel)(Params), const Grid& grid, Stream stream,
               const Params& params) {
+  if (grid.blocks > kMostBlocks) return too_many_blocks(what, grid);
   const DeviceGuard guard(stream.device);
   cudaError_t error = guard.error();
   if (error == cudaSuccess && grid.shared > kSharedWithoutOptIn) {

@@ -61,6 +61,23 @@ __device__ __forceinline__ float ex2_approx_ftz_f32(float value) {
   return result;
 }
 
+// The larger one; NaN where either is, unlike fmaxf.
+__device__ __forceinline__ float max_nan_f32(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// --- memory -------------------------------------------------------------------------------------
+
+// To a multiple of 16 in global memory. Of a plain store of 16 bytes the compiler may make four where another
+// branch stores less to the same address.
+__device__ __forceinline__ void st_global_v4_b32(void* address, uint4 bits) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(bits.x), "r"(bits.y),
+               "r"(bits.z), "r"(bits.w)
+               : "memory");
+}
+
 // --- asynchronous copies ------------------------------------------------------------------------
 
 // 16 bytes to shared memory past L1: `bytes` (0 to 16) from `source`, the rest zeros.

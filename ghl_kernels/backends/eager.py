@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.rule import Competition
@@ -213,6 +214,55 @@ def learn_(
     """weight <- weight + lr * H."""
     H = delta(A, moments, weight, groups, decay, normalize)
     weight.copy_(weight.to(H.dtype) + lr * H)
+
+
+class Stepped(NamedTuple):
+    """One layer of a step of SGD on gated gradients.
+
+    ``momentum_buffer``, of weight's shape and dtype, is updated; None without momentum. It is set, and not
+    read, where it ``begins``.
+    """
+
+    weight: Tensor
+    grad: Tensor  # the plain one, left as it is
+    A: Tensor
+    moments: Tensor
+    momentum_buffer: Tensor | None
+    begins: bool
+    groups: int
+    decay: str
+    normalize: str
+    gate: str
+
+
+class SGDOptions(NamedTuple):
+    """What a parameter group of torch.optim.SGD holds, as numbers."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+
+
+def gated_sgd_(layers: Sequence[Stepped], options: SGDOptions, backend: Any) -> None:
+    """weight <- torch.optim.SGD's for the gradient |H| sign(G), or -H, by a backend's gate_all_ and delta."""
+    gradients, gated = [], []
+    for layer in layers:
+        rule = layer.A, layer.moments, layer.weight, layer.groups, layer.decay, layer.normalize
+        if layer.gate == "sign":
+            gradients.append(layer.grad.clone())
+            gated.append((gradients[-1], *rule))
+        else:
+            gradients.append(backend.delta(*rule).neg_().to(layer.weight.dtype))
+    if gated:
+        backend.gate_all_(gated)
+    buffers = [None if layer.begins else layer.momentum_buffer for layer in layers]
+    sgd([layer.weight for layer in layers], gradients, buffers, **options._asdict())
+    for layer, buffer in zip(layers, buffers, strict=True):
+        if layer.begins and layer.momentum_buffer is not None and buffer is not None:
+            layer.momentum_buffer.copy_(buffer)
 
 
 def delta(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str) -> Tensor:

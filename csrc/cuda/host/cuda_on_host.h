@@ -1,13 +1,14 @@
 // CUDA's execution model on a CPU, so that the kernels of csrc/cuda run, and are checked by sanitizers, where
 // there is no GPU. Every thread of a block is a fiber (runtime.cpp); blocks run one after the other.
 //
-// Modelled: blocks, warps, barriers, shuffles, votes and reductions of a warp (all lanes of the mask must
-// arrive, and agree on it), shared memory, integer atomics, and the sm_80 instructions of ptx.h, with cp.async
-// really asynchronous: the bytes arrive when the thread waits for their group, not before.
-// Not modelled: time, bank conflicts, the weakness of the memory model, clusters, anything between two blocks.
+// Modelled: blocks, warps, barriers, shuffles, votes and reductions of a warp, shared memory, integer
+// atomics, and the sm_80 instructions of ptx.h, with cp.async really asynchronous: the bytes arrive when the
+// thread waits for their group, not before. Not modelled: time, bank conflicts, the weakness of the memory
+// model, clusters, anything between two blocks.
 //
-// A kernel that deadlocks, names an exited lane, or whose lanes disagree on a mask raises std::runtime_error
+// A kernel that deadlocks, names an exited lane, or reads a lane outside the mask raises std::runtime_error
 // from launch(). Races show under ThreadSanitizer, which knows the fibers, or by a different schedule().
+// More in docs/cuda-on-host.md.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +19,9 @@
 #include <functional>
 #include <limits>
 #include <stdexcept>
+#include <type_traits>
+
+#include "cuda/host/vector_types.h"
 
 #define __global__
 #define __device__
@@ -25,38 +29,24 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __align__(bytes) alignas(bytes)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __constant__ static
-// One block runs at a time, so that a static variable is that block's.
+// One block runs at a time, so that a static variable is that block's. It keeps what the last block left.
 #define __shared__ static
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(8) int2 {
-  int x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
 
 namespace ghl::host {
 
-// In which order threads run between two barriers. A kernel without a race gives the same result in all.
+// In which order the blocks of a grid run, and the threads of a block between two barriers. A kernel without
+// a race gives the same result in all.
 enum class Schedule { forward, reverse, random };
 void schedule(Schedule order, unsigned seed = 1);
+
+// Of a block's dynamic shared memory, as of sm_80.
+constexpr size_t kSharedLimit = 163 << 10;
 
 // Runs the body once for each thread of each block, and rethrows what one of them throws.
 void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body);
@@ -72,13 +62,16 @@ dim3 grid_size();
 unsigned lane();
 void* dynamic_shared();
 
-void block_barrier();
+// Waits for all threads of the block that have not exited; how many of them came with a true predicate.
+unsigned block_barrier(bool predicate = false);
 
-// Waits until all lanes of the mask are here, then gives each what every lane brought.
-struct WarpValues {
-  uint64_t of[32];
-};
-WarpValues exchange(unsigned mask, uint64_t value);
+// Lets other threads of the block run.
+void yield();
+
+// Waits until all lanes of the mask are here, then copies what each of them brought to `all`, in lane order.
+// Entries of lanes outside the mask mean nothing.
+constexpr size_t kMostExchanged = 24;
+void exchange(unsigned mask, const void* own, size_t bytes, void* all);
 
 // The queue behind cp.async of the calling thread.
 void copy_later(void* target, const void* source, unsigned bytes, unsigned from_source);
@@ -86,18 +79,26 @@ void close_copy_group();
 void wait_for_copies(unsigned groups_pending);
 
 template <class T>
-uint64_t to_bits(T value) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof value);
-  return bits;
-}
+struct WarpValues {
+  T of[32];
+};
 
 template <class T>
-T from_bits(uint64_t bits) {
-  T value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+WarpValues<T> exchange(unsigned mask, const T& own) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= kMostExchanged);
+  WarpValues<T> all;
+  exchange(mask, &own, sizeof own, &all);
+  return all;
+}
+
+inline bool has(unsigned mask, unsigned lane) { return mask >> lane & 1; }
+
+template <class To, class From>
+To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof value);
+  return result;
 }
 
 // threadIdx and its like are read as variables, so each is an object that asks when it is converted.
@@ -117,26 +118,46 @@ struct Index {
   [[no_unique_address]] Z z;
 };
 
+// The lanes that a shuffle of this width moves values between.
+struct Segment {
+  explicit Segment(int width) : first(lane() & ~(static_cast<unsigned>(width) - 1)), last(first + width - 1) {
+    if (width < 1 || width > 32 || width & (width - 1)) {
+      throw std::runtime_error("the width of a shuffle is not a power of two up to 32");
+    }
+  }
+  unsigned first, last;
+};
+
+// Where the source is outside of the segment a lane keeps its own value.
 template <class T>
-T shuffle_from(unsigned mask, T value, unsigned source, unsigned width, bool inside) {
-  const WarpValues values = exchange(mask, to_bits(value));
-  const unsigned segment = lane() & ~(width - 1);
-  return inside ? from_bits<T>(values.of[segment | (source & (width - 1))]) : value;
+T shuffle(unsigned mask, T value, unsigned source, bool inside) {
+  const WarpValues<T> values = exchange(mask, value);
+  if (!inside) return value;
+  if (!has(mask, source)) throw std::runtime_error("a shuffle reads a lane that is not in its mask");
+  return values.of[source];
 }
 
 // Of the lanes in the mask, folded from the lowest to the highest.
 template <class T, class Fold>
 T fold_lanes(unsigned mask, T value, Fold fold) {
-  const WarpValues values = exchange(mask, to_bits(value));
-  bool first = true;
-  T result{};
-  for (unsigned i = 0; i < 32; ++i) {
-    if (!(mask >> i & 1)) continue;
-    const T other = from_bits<T>(values.of[i]);
-    result = first ? other : fold(result, other);
-    first = false;
+  static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>,
+                "warp reductions are of 32-bit integers");
+  const WarpValues<T> values = exchange(mask, value);
+  unsigned i = static_cast<unsigned>(__builtin_ctz(mask));
+  T result = values.of[i];
+  while (++i < 32) {
+    if (has(mask, i)) result = fold(result, values.of[i]);
   }
   return result;
+}
+
+template <class T, class Next>
+T atomic_update(T* address, Next next) {
+  T seen = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (
+      !__atomic_compare_exchange_n(address, &seen, next(seen), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return seen;
 }
 
 }  // namespace ghl::host
@@ -149,49 +170,52 @@ inline constexpr ghl::host::Index<ghl::host::grid_size> gridDim;
 // --- barriers -----------------------------------------------------------------------------------
 
 inline void __syncthreads() { ghl::host::block_barrier(); }
-inline void __syncwarp(unsigned mask = ~0u) { ghl::host::exchange(mask, 0); }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline int __syncthreads_count(int predicate) {
+  return static_cast<int>(ghl::host::block_barrier(predicate != 0));
+}
+inline int __syncthreads_or(int predicate) { return ghl::host::block_barrier(predicate != 0) != 0; }
+inline int __syncthreads_and(int predicate) { return ghl::host::block_barrier(predicate == 0) == 0; }
+inline void __syncwarp(unsigned mask = ~0u) { ghl::host::exchange(mask, nullptr, 0, nullptr); }
+// All fibers are of one processor: only the compiler could reorder.
+inline void __threadfence() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 inline void __threadfence_block() { __threadfence(); }
-inline void __nanosleep(unsigned) {}
+inline void __nanosleep(unsigned) { ghl::host::yield(); }
 [[noreturn]] inline void __trap() { throw std::runtime_error("the kernel trapped"); }
 
 // --- warps --------------------------------------------------------------------------------------
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
-  return ghl::host::shuffle_from(mask, value, static_cast<unsigned>(source), static_cast<unsigned>(width),
-                                 true);
+  const ghl::host::Segment segment(width);
+  return ghl::host::shuffle(mask, value, segment.first + (static_cast<unsigned>(source) & (width - 1)), true);
 }
 
+// A distance of `width` or more reaches the segments before, never those after: so does the instruction.
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance, int width = 32) {
-  const unsigned in_segment = ghl::host::lane() & (static_cast<unsigned>(width) - 1);
-  const unsigned source = in_segment ^ static_cast<unsigned>(distance);
-  return ghl::host::shuffle_from(mask, value, source, static_cast<unsigned>(width),
-                                 source < static_cast<unsigned>(width));
+  const unsigned source = ghl::host::lane() ^ (static_cast<unsigned>(distance) & 31);
+  return ghl::host::shuffle(mask, value, source, source <= ghl::host::Segment(width).last);
 }
 
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32) {
-  const unsigned in_segment = ghl::host::lane() & (static_cast<unsigned>(width) - 1);
-  return ghl::host::shuffle_from(mask, value, in_segment - distance, static_cast<unsigned>(width),
-                                 in_segment >= distance);
+  const unsigned lane = ghl::host::lane(), back = distance & 31;
+  return ghl::host::shuffle(mask, value, lane - back, lane >= ghl::host::Segment(width).first + back);
 }
 
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
-  const unsigned in_segment = ghl::host::lane() & (static_cast<unsigned>(width) - 1);
-  return ghl::host::shuffle_from(mask, value, in_segment + distance, static_cast<unsigned>(width),
-                                 in_segment + distance < static_cast<unsigned>(width));
+  const unsigned source = ghl::host::lane() + (distance & 31);
+  return ghl::host::shuffle(mask, value, source, source <= ghl::host::Segment(width).last);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const ghl::host::WarpValues values = ghl::host::exchange(mask, predicate != 0);
-  unsigned votes = 0;
+  const auto votes = ghl::host::exchange(mask, predicate != 0);
+  unsigned ballot = 0;
   for (unsigned i = 0; i < 32; ++i) {
-    if (mask >> i & 1) votes |= static_cast<unsigned>(values.of[i]) << i;
+    if (ghl::host::has(mask, i) && votes.of[i]) ballot |= 1u << i;
   }
-  return votes;
+  return ballot;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
@@ -199,19 +223,28 @@ inline unsigned __activemask() {
   throw std::runtime_error("__activemask is not modelled: name the lanes instead");
 }
 
+// Compares bits, as the instruction does: equal NaN match, zeros of different signs do not.
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value) {
-  const ghl::host::WarpValues values = ghl::host::exchange(mask, ghl::host::to_bits(value));
+  const auto values = ghl::host::exchange(mask, value);
   unsigned same = 0;
   for (unsigned i = 0; i < 32; ++i) {
-    if ((mask >> i & 1) && values.of[i] == ghl::host::to_bits(value)) same |= 1u << i;
+    if (ghl::host::has(mask, i) && !std::memcmp(&values.of[i], &value, sizeof value)) same |= 1u << i;
   }
   return same;
+}
+template <class T>
+unsigned __match_all_sync(unsigned mask, T value, int* all) {
+  *all = __match_any_sync(mask, value) == mask;
+  return *all ? mask : 0;
 }
 
 template <class T>
 T __reduce_add_sync(unsigned mask, T value) {
-  return ghl::host::fold_lanes(mask, value, [](T a, T b) { return a + b; });
+  // unsigned: the sum wraps
+  return ghl::host::fold_lanes(mask, value, [](T a, T b) {
+    return static_cast<T>(static_cast<unsigned>(a) + static_cast<unsigned>(b));
+  });
 }
 template <class T>
 T __reduce_min_sync(unsigned mask, T value) {
@@ -227,71 +260,81 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
 inline unsigned __reduce_and_sync(unsigned mask, unsigned value) {
   return ghl::host::fold_lanes(mask, value, [](unsigned a, unsigned b) { return a & b; });
 }
-
-inline int __syncthreads_or(int predicate) {
-  static int any;
-  __syncthreads();
-  if (threadIdx.x == 0) any = 0;
-  __syncthreads();
-  if (predicate) __atomic_store_n(&any, 1, __ATOMIC_RELAXED);
-  __syncthreads();
-  return any;
+inline unsigned __reduce_xor_sync(unsigned mask, unsigned value) {
+  return ghl::host::fold_lanes(mask, value, [](unsigned a, unsigned b) { return a ^ b; });
 }
 
-// --- bits, arithmetic, memory ---------------------------------------------------------------------
+// --- memory -------------------------------------------------------------------------------------
 
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __popcll(unsigned long long bits) { return __builtin_popcountll(bits); }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __clz(int bits) { return bits ? __builtin_clz(static_cast<unsigned>(bits)) : 32; }
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
-}
-inline unsigned __float_as_uint(float value) { return ghl::host::from_bits<unsigned>(ghl::host::to_bits(value)); }
-inline int __float_as_int(float value) { return ghl::host::from_bits<int>(ghl::host::to_bits(value)); }
-inline float __uint_as_float(unsigned bits) { return ghl::host::from_bits<float>(bits); }
-inline float __int_as_float(int bits) { return ghl::host::from_bits<float>(static_cast<unsigned>(bits)); }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float value) { return std::exp(value); }
-inline float __logf(float value) { return std::log(value); }
-
-using std::isfinite;
-using std::isnan;
-using std::max;
-using std::min;
+// The value is not deduced, so that it converts to the type behind the address as in CUDA.
+template <class T>
+using Value = std::type_identity_t<T>;
 
 template <class T>
 T __ldg(const T* address) {
   return *address;
 }
+template <class T>
+T __ldca(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcg(T* address, Value<T> value) {
+  *address = value;
+}
+template <class T>
+void __stcs(T* address, Value<T> value) {
+  *address = value;
+}
 
 template <class T>
-T atomicAdd(T* address, T value) {
-  static_assert(std::numeric_limits<T>::is_integer, "sums of floats depend on the order");
+T atomicAdd(T* address, Value<T> value) {
+  static_assert(std::is_integral_v<T>, "sums of floats depend on the order");
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 template <class T>
-T atomicOr(T* address, T value) {
+T atomicSub(T* address, Value<T> value) {
+  static_assert(std::is_integral_v<T>, "sums of floats depend on the order");
+  return __atomic_fetch_sub(address, value, __ATOMIC_RELAXED);
+}
+template <class T>
+T atomicAnd(T* address, Value<T> value) {
+  return __atomic_fetch_and(address, value, __ATOMIC_RELAXED);
+}
+template <class T>
+T atomicOr(T* address, Value<T> value) {
   return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
 }
 template <class T>
-T atomicMax(T* address, T value) {
-  T seen = __atomic_load_n(address, __ATOMIC_RELAXED);
-  while (seen < value &&
-         !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-  return seen;
+T atomicXor(T* address, Value<T> value) {
+  return __atomic_fetch_xor(address, value, __ATOMIC_RELAXED);
 }
 template <class T>
-T atomicMin(T* address, T value) {
-  T seen = __atomic_load_n(address, __ATOMIC_RELAXED);
-  while (value < seen &&
-         !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-  return seen;
+T atomicMax(T* address, Value<T> value) {
+  static_assert(std::is_integral_v<T>);
+  return ghl::host::atomic_update(address, [value](T seen) { return std::max(seen, value); });
 }
 template <class T>
-T atomicExch(T* address, T value) {
-  return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
+T atomicMin(T* address, Value<T> value) {
+  static_assert(std::is_integral_v<T>);
+  return ghl::host::atomic_update(address, [value](T seen) { return std::min(seen, value); });
 }
+template <class T>
+T atomicExch(T* address, Value<T> value) {
+  return ghl::host::atomic_update(address, [value](T) { return value; });
+}
+template <class T>
+T atomicCAS(T* address, Value<T> expected, Value<T> value) {
+  __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+}
+
+#include "cuda/host/arithmetic.h"

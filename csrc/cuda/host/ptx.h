@@ -9,6 +9,9 @@ namespace ghl::ptx {
 
 // --- conversions --------------------------------------------------------------------------------
 
+// Conversions give this one for every NaN.
+constexpr uint32_t kNan = 0x7fffffff;
+
 inline uint16_t cvt_rn_bf16_f32(float value) {
   if (value != value) return 0x7fff;
   const uint32_t bits = std::bit_cast<uint32_t>(value);
@@ -25,8 +28,9 @@ inline float cvt_f32_f16(uint16_t bits) {
   const int exponent = bits >> 10 & 31;
   const int mantissa = bits & 1023;
   float magnitude;
+  if (exponent == 31 && mantissa) return std::bit_cast<float>(kNan);
   if (exponent == 31) {
-    magnitude = mantissa ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
+    magnitude = std::numeric_limits<float>::infinity();
   } else if (exponent == 0) {
     magnitude = std::ldexp(static_cast<float>(mantissa), -24);
   } else {
@@ -53,14 +57,25 @@ inline uint32_t cvt_rn_f16x2_f32(float high, float low) {
 }
 
 inline uint32_t cvt_rna_tf32_f32(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if ((bits & 0x7f800000) == 0x7f800000) return bits;
-  return (bits + 0x1000) & ~0x1fffu;
+  if (value != value) return kNan;
+  // ties away from zero, so that infinity stays itself
+  return (std::bit_cast<uint32_t>(value) + 0x1000) & ~0x1fffu;
 }
 
 inline float ex2_approx_ftz_f32(float value) {
   const float result = std::exp2(value);
   return std::fabs(result) < std::numeric_limits<float>::min() ? 0.0f : result;
+}
+
+inline float max_nan_f32(float a, float b) {
+  return a != a || b != b ? std::numeric_limits<float>::quiet_NaN() : std::fmax(a, b);
+}
+
+// --- memory -------------------------------------------------------------------------------------
+
+inline void st_global_v4_b32(void* address, uint4 bits) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) throw std::runtime_error("a misaligned store of 16 bytes");
+  std::memcpy(address, &bits, sizeof bits);
 }
 
 // --- asynchronous copies ------------------------------------------------------------------------
@@ -82,32 +97,48 @@ void cp_async_wait_group() {
 
 // --- matrices -----------------------------------------------------------------------------------
 
+// Where each lane's row begins.
+using Rows = host::WarpValues<const char*>;
+
+inline Rows matrix_rows(const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) throw std::runtime_error("ldmatrix of a misaligned row");
+  return host::exchange(~0u, static_cast<const char*>(row));
+}
+
 inline void ldmatrix_x4(uint32_t (&result)[4], const void* row) {
-  const host::WarpValues rows = host::exchange(~0u, reinterpret_cast<uint64_t>(row));
+  const Rows rows = matrix_rows(row);
   const unsigned lane = host::lane();
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
-    const char* source = reinterpret_cast<const char*>(rows.of[8 * matrix + lane / 4]);
-    std::memcpy(&result[matrix], source + 4 * (lane % 4), 4);
+    std::memcpy(&result[matrix], rows.of[8 * matrix + lane / 4] + 4 * (lane % 4), 4);
   }
   // a lane may overwrite its rows next, which the others still read
-  host::exchange(~0u, 0);
+  __syncwarp();
 }
 
 inline void ldmatrix_x4_trans(uint32_t (&result)[4], const void* row) {
-  const host::WarpValues rows = host::exchange(~0u, reinterpret_cast<uint64_t>(row));
+  const Rows rows = matrix_rows(row);
   const unsigned lane = host::lane();
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
     uint16_t pair[2];
     for (unsigned i = 0; i < 2; ++i) {
-      const char* source = reinterpret_cast<const char*>(rows.of[8 * matrix + 2 * (lane % 4) + i]);
-      std::memcpy(&pair[i], source + 2 * (lane / 4), 2);
+      std::memcpy(&pair[i], rows.of[8 * matrix + 2 * (lane % 4) + i] + 2 * (lane / 4), 2);
     }
     std::memcpy(&result[matrix], pair, 4);
   }
-  host::exchange(~0u, 0);
+  __syncwarp();
 }
 
-// d += a b, 16 x kDepth by kDepth x 8, from functions that give an element of a (row, k) and of b (k, column).
+// A lane's registers of both factors.
+struct Fragments {
+  uint32_t a[4], b[2];
+};
+
+inline host::WarpValues<Fragments> fragments(const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  return host::exchange(~0u, Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+}
+
+// d += a b, 16 x kDepth by kDepth x 8, from functions that give an element of a (row, k) and of b (k,
+// column). The order of the sum, and that every step of it is rounded, differ from the tensor core's.
 template <int kDepth, class A, class B>
 void multiply(float (&d)[4], A a, B b) {
   const unsigned group = host::lane() / 4, in_group = host::lane() % 4;
@@ -121,19 +152,16 @@ void multiply(float (&d)[4], A a, B b) {
 
 template <float (*to_float)(uint16_t)>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const auto both = [](uint32_t low, uint32_t high) { return static_cast<uint64_t>(high) << 32 | low; };
-  const host::WarpValues low_k = host::exchange(~0u, both(a[0], a[1]));
-  const host::WarpValues high_k = host::exchange(~0u, both(a[2], a[3]));
-  const host::WarpValues columns = host::exchange(~0u, both(b[0], b[1]));
-  const auto half = [](uint64_t words, bool upper_word, bool upper_half) {
-    return to_float(static_cast<uint16_t>(words >> (32 * upper_word + 16 * upper_half)));
+  const auto lanes = fragments(a, b);
+  const auto half = [](uint32_t word, unsigned k) {
+    return to_float(static_cast<uint16_t>(word >> 16 * (k % 2)));
   };
   multiply<16>(
       d,
       [&](unsigned row, unsigned k) {
-        return half((k < 8 ? low_k : high_k).of[row % 8 * 4 + k % 8 / 2], row >= 8, k & 1);
+        return half(lanes.of[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k);
       },
-      [&](unsigned k, unsigned column) { return half(columns.of[4 * column + k % 8 / 2], k >= 8, k & 1); });
+      [&](unsigned k, unsigned column) { return half(lanes.of[4 * column + k % 8 / 2].b[k / 8], k); });
 }
 
 inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -145,18 +173,13 @@ inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32
 }
 
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const auto both = [](uint32_t low, uint32_t high) { return static_cast<uint64_t>(high) << 32 | low; };
-  const host::WarpValues low_k = host::exchange(~0u, both(a[0], a[1]));
-  const host::WarpValues high_k = host::exchange(~0u, both(a[2], a[3]));
-  const host::WarpValues columns = host::exchange(~0u, both(b[0], b[1]));
+  const auto lanes = fragments(a, b);
   // the tensor core reads 19 bits of each
-  const auto word = [](uint64_t words, bool upper) {
-    return std::bit_cast<float>(static_cast<uint32_t>(words >> 32 * upper) & ~0x1fffu);
-  };
+  const auto number = [](uint32_t word) { return std::bit_cast<float>(word & ~0x1fffu); };
   multiply<8>(
       d,
-      [&](unsigned row, unsigned k) { return word((k < 4 ? low_k : high_k).of[row % 8 * 4 + k % 4], row >= 8); },
-      [&](unsigned k, unsigned column) { return word(columns.of[4 * column + k % 4], k >= 4); });
+      [&](unsigned row, unsigned k) { return number(lanes.of[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]); },
+      [&](unsigned k, unsigned column) { return number(lanes.of[4 * column + k % 4].b[k / 4]); });
 }
 
 }  // namespace ghl::ptx

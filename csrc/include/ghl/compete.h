@@ -41,9 +41,10 @@ struct CompeteParams {
 
   // [batch * positions] log sum exp(u / temperature) over the winners; NaN where softmax is
   float* logsumexp = nullptr;
-  float* threshold = nullptr;  // [batch * positions] the winners-th largest u (winners > 0)
-  int32_t* cut = nullptr;      // [batch * positions] last unit that wins a tie at the threshold (winners > 0)
-  int32_t* first = nullptr;    // [batch * positions] unit of the largest u, lowest of equals; GPUs only
+  bool keeps_infinity = false;  // a logsumexp of +inf, where softmax is NaN, is written as such; GPUs only
+  float* threshold = nullptr;   // [batch * positions] the winners-th largest u (winners > 0)
+  int32_t* cut = nullptr;    // [batch * positions] last unit that wins a tie at the threshold (winners > 0)
+  int32_t* first = nullptr;  // [batch * positions] unit of the largest u, lowest of equals; GPUs only
   // [batch * positions, winners] ascending; the first is -1 where u holds a NaN
   int32_t* winner_unit = nullptr;
   float* winner_activity = nullptr;  // [batch * positions, winners] the activities of those units

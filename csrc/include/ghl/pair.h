@@ -22,9 +22,12 @@ struct Responses {
   int64_t stride_unit = 1;
 };
 
+// Which kernel: mma.sync runs on sm_80 and newer, wgmma on sm_90 where it takes the shape.
+enum class PairForm : int { automatic = 0, mma = 1, wgmma = 2 };
+
 // A = sum_p y_p x_p^T with y = c(u), and G = sum_p (dL/du)_p x_p^T.
 struct PairParams {
-  ConvGeometry geometry;  // a linear layer: batch = rows, every spatial size 1
+  ConvGeometry geometry;     // a linear layer: batch = rows, every spatial size 1
   DType dtype = DType::f32;  // of x, u and dL/du
   bool tf32 = false;         // float32 products may take one pass of tf32
 
@@ -48,13 +51,14 @@ struct PairParams {
   const float* logsumexp = nullptr;
   const int32_t* first = nullptr;
 
-  // [units, result_channels, taps], strides in elements; overwritten. Channels of a group from result_channels
-  // on are padding of x.
+  // [units, result_channels, taps], strides in elements; overwritten. Channels of a group from
+  // result_channels on are padding of x.
   float* a = nullptr;
   float* g = nullptr;
   Filters result_layout;
   int64_t result_channels = 0;
 
+  PairForm form = PairForm::automatic;
   void* workspace = nullptr;  // pair_cuda_workspace(params, device) bytes, 256-byte aligned
 };
 

@@ -4,8 +4,9 @@
 
 namespace ghl {
 
-// What a launcher returns. A status that is not ok means that no kernel ran and nothing was written;
-// the binding turns it into a Python RuntimeError with this message.
+// What a launcher returns; the binding turns one that is not ok into a Python RuntimeError with this message.
+// On a CPU nothing was written then. On a GPU the kernels queued before the one that failed do run, and what
+// the operation writes is not defined.
 struct Status {
   bool ok = true;
   std::string message;

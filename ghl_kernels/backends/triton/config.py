@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ghl_kernels.backends.gpu.memory import WORKSPACE_BYTES
+from ghl_kernels.backends.gpu.precision import allows_tf32
 from ghl_kernels.backends.triton.arch import Arch
 from ghl_kernels.rule import Competition
 
@@ -208,15 +209,6 @@ def precision(dtype: torch.dtype, *, is_conv: bool, arch: Arch) -> str:
     if dtype != torch.float32 or arch.is_amd:
         return "ieee"
     return "tf32" if allows_tf32(is_conv) else "tf32x3"
-
-
-def allows_tf32(is_conv: bool) -> bool:
-    """Whether torch may multiply float32 in tf32; convolutions have a setting of their own."""
-    setting = getattr(torch.backends.cudnn, "conv", None) if is_conv else torch.backends.cuda.matmul
-    precision = getattr(setting, "fp32_precision", None)
-    if precision is not None:  # torch >= 2.9, where reading the older flag may raise
-        return bool(precision == "tf32")
-    return torch.backends.cudnn.allow_tf32 if is_conv else torch.backends.cuda.matmul.allow_tf32
 
 
 def _key(problem: Problem) -> str:

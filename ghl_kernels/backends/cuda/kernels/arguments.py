@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ghl_kernels.backends.gpu.layout import Patches
 from ghl_kernels.backends.gpu.state import State
 
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -27,3 +30,22 @@ def address(tensor: Tensor | None) -> int:
 def state_addresses(state: State | None) -> dict[str, int]:
     """The fields of a state by name, 0 for those it does not have."""
     return {name: address(getattr(state, name, None)) for name in State._fields}
+
+
+def patch_arguments(x: Patches) -> dict[str, Any]:
+    """x and the convolution whose patches it is seen as, without the dtype."""
+    return {
+        "batch": x.batch,
+        "channels": x.channels * x.groups,
+        "groups": x.groups,
+        "in_size": x.in_size,
+        "out_size": x.out_size,
+        "kernel": x.kernel,
+        "stride": x.stride,
+        "padding": x.padding,
+        "dilation": x.dilation,
+        "x": address(x.tensor),
+        "x_stride_batch": x.batch_stride,
+        "x_stride_channel": x.channel_stride,
+        "x_stride": x.strides,
+    }

@@ -1,0 +1,48 @@
+// The launcher of the competition: what it refuses, and which kernel runs.
+#include "cuda/compete.cuh"
+
+namespace ghl {
+
+std::string describe(const CompeteParams& p) {
+  return "competition of (" + std::to_string(p.batch) + ", " + std::to_string(p.units) + ", " +
+         std::to_string(p.positions) + "), " + std::to_string(p.winners) + " winners";
+}
+
+namespace {
+
+// One batch item of all positions, where one stride leads from each to the next.
+void merge_batch(CompeteParams& p) {
+  const auto follows = [&](const Layout& layout) {
+    return layout.stride_batch == p.positions * layout.stride_position;
+  };
+  if (p.positions == 1 && p.batch > 1) {
+    p.u_layout.stride_position = p.u_layout.stride_batch;
+    p.y_layout.stride_position = p.y_layout.stride_batch;
+  } else if (!follows(p.u_layout) || (p.y && !follows(p.y_layout))) {
+    return;
+  }
+  p.positions *= p.batch;
+  p.batch = 1;
+}
+
+std::string refusal(const CompeteParams& p) {
+  if (p.units >= int64_t{1} << 31) return "at most 2^31 - 1 units";
+  if (p.winners < 0 || p.winners > p.units) return "winners must lie between 0 and the number of units";
+  if ((p.winner_unit || p.winner_activity || p.cut) && p.winners == 0) return "winners are asked for, of 0";
+  if (p.y && p.y_dtype != DType::f32 && p.y_dtype != p.u_dtype) return "y must have u's dtype or be float32";
+  return "";
+}
+
+}  // namespace
+
+Status compete_cuda(const CompeteParams& params, Stream stream) {
+  if (params.batch * params.units * params.positions == 0) return {};
+  if (const std::string reason = refusal(params); !reason.empty()) {
+    return Status::failure(describe(params) + ": " + reason);
+  }
+  CompeteArgs args{params, 1.0f / params.temperature};
+  merge_batch(args.p);
+  return params.units <= kRegisterUnits ? launch_short(args, stream) : launch_long(args, stream);
+}
+
+}  // namespace ghl

@@ -1,0 +1,543 @@
+// The pair kernel for Hopper: copies by tensor maps, wgmma, clusters that share x.
+//
+// A block is a producer warp, which copies stages of x and of two response tiles into shared memory, and two
+// warpgroups, which multiply them: one computes A (y is made in registers from u), the other G; or, where
+// only one of the two is wanted, both compute it for different units. Two blocks with neighbouring units form
+// a cluster, and each copies half of every stage of x into both. Work is cut into equal segments, one for
+// each cluster that fits on the device (pair_sm90_layout.h); what a segment has of a cut tile goes to the
+// workspace, and a second kernel adds those up in the order of segments.
+#pragma once
+
+#ifdef GHL_DEBUG_WAITS
+#include <cstdio>
+#endif
+
+#include "cuda/activity.cuh"
+#include "cuda/dtype.cuh"
+#include "cuda/pair_sm90_layout.h"
+#include "cuda/ptx_sm90.cuh"
+#include "ghl/pair.h"
+
+namespace ghl::sm90 {
+
+struct Result {
+  float* data;
+  Filters layout;
+};
+
+// What a launch needs, all of it by value: nothing is left in memory for a captured graph to miss.
+struct PairSm90 {
+  CUtensorMap x;
+  CUtensorMap responses[kConsumers];
+  CUtensorMap states[kStates];
+  bool has_state[kStates];  // in the order of StatePointers
+
+  Plan plan;
+  Source source;
+  Patches patches;
+  int32_t positions;
+  int32_t units;
+  int32_t result_channels;
+
+  bool is_activity[kConsumers];  // the consumer computes A from u, not G
+  Competition competition;
+  Result result[kConsumers];
+  float4* partials;
+};
+
+// --- waiting ------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
+#ifdef GHL_DEBUG_WAITS
+  constexpr uint64_t kPatience = 5'000'000'000;
+  const uint64_t begin = ptx::globaltimer();
+  while (!ptx::mbarrier_try_wait_parity(barrier, parity)) {
+    if (ptx::globaltimer() - begin < kPatience) continue;
+    printf("pair_sm90: block %u thread %u waits in vain at shared address %u for parity %u\n", blockIdx.x,
+           threadIdx.x, barrier, parity);
+    __trap();
+  }
+#else
+  while (!ptx::mbarrier_try_wait_parity(barrier, parity)) {
+  }
+#endif
+}
+
+__device__ __forceinline__ void wait_full(uint32_t shared, uint32_t step) {
+  wait(shared + full_at(stage_of(step)), full_parity(step));
+}
+
+__device__ __forceinline__ void wait_empty(uint32_t shared, uint32_t step) {
+  wait(shared + empty_at(stage_of(step)), empty_parity(step));
+}
+
+// This warp no longer reads the stage: told to every block whose copies reach it.
+__device__ __forceinline__ void release(uint32_t shared, uint32_t step, int cluster) {
+  __syncwarp();
+  const uint32_t lane = threadIdx.x % kWarp;
+  if (lane < static_cast<uint32_t>(cluster)) {
+    ptx::mbarrier_arrive_cluster(ptx::mapa(shared + empty_at(stage_of(step)), lane));
+  }
+}
+
+// --- the producer -------------------------------------------------------------------------------
+
+// The chunks of x of a tile, in registers.
+struct ChunkColumns {
+  int32_t channel[kChunks];
+  uint32_t offsets[kChunks];
+};
+
+__device__ __forceinline__ ChunkColumns chunk_columns(const PairSm90& params, int64_t tile) {
+  ChunkColumns chunks;
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const Columns columns = columns_of(params.plan, first_chunk(params.plan, tile) + i);
+    chunks.channel[i] = columns.channel;
+    chunks.offsets[i] = offsets_of(params.patches, columns.tap);
+  }
+  return chunks;
+}
+
+// Copies one chunk into this block, or into both of a cluster.
+__device__ __forceinline__ void copy_chunk(const PairSm90& params, uint32_t shared, uint32_t full,
+                                           int32_t channel, uint32_t offsets, int32_t row,
+                                           const Position& position) {
+  constexpr uint16_t kBoth = 3;
+  const bool multicast = params.plan.cluster > 1;
+  if (params.source == Source::rows) {
+    if (multicast) {
+      ptx::cp_async_bulk_tensor_2d_multicast(shared, params.x, full, channel, row, kBoth);
+    } else {
+      ptx::cp_async_bulk_tensor_2d(shared, params.x, full, channel, row);
+    }
+    return;
+  }
+  const int32_t w = pixel_of(params.patches, position, 0), h = pixel_of(params.patches, position, 1);
+  const uint16_t offset_w = offset_of(offsets, 0), offset_h = offset_of(offsets, 1);
+  if (params.source == Source::image) {
+    if (multicast) {
+      ptx::cp_async_bulk_tensor_4d_im2col_multicast(shared, params.x, full, channel, w, h, position.image,
+                                                    offset_w, offset_h, kBoth);
+    } else {
+      ptx::cp_async_bulk_tensor_4d_im2col(shared, params.x, full, channel, w, h, position.image, offset_w,
+                                          offset_h);
+    }
+    return;
+  }
+  const int32_t d = pixel_of(params.patches, position, 2);
+  const uint16_t offset_d = offset_of(offsets, 2);
+  if (multicast) {
+    ptx::cp_async_bulk_tensor_5d_im2col_multicast(shared, params.x, full, channel, w, h, d, position.image,
+                                                  offset_w, offset_h, offset_d, kBoth);
+  } else {
+    ptx::cp_async_bulk_tensor_5d_im2col(shared, params.x, full, channel, w, h, d, position.image, offset_w,
+                                        offset_h, offset_d);
+  }
+}
+
+// What a stage of this tile brings into this block, from its own copies and the other block's.
+__device__ __forceinline__ uint32_t stage_bytes(const PairSm90& params, int64_t tile) {
+  uint32_t bytes = chunks_of(params.plan, tile) * kChunkBytes + kConsumers * kResponseBytes;
+#pragma unroll
+  for (int i = 0; i < kStates; ++i) bytes += params.has_state[i] ? kStateBytes : 0;
+  return bytes;
+}
+
+__device__ __forceinline__ void copy_responses(const PairSm90& params, uint32_t shared, uint32_t full,
+                                               int stage, const int32_t (&unit)[kConsumers], int32_t row) {
+#pragma unroll
+  for (int i = 0; i < kConsumers; ++i) {
+    ptx::cp_async_bulk_tensor_2d(shared + response_at(stage, i), params.responses[i], full, unit[i], row);
+  }
+#pragma unroll
+  for (int i = 0; i < kStates; ++i) {
+    if (params.has_state[i]) {
+      ptx::cp_async_bulk_tensor_2d(shared + state_at(stage, i), params.states[i], full, row, 0);
+    }
+  }
+}
+
+__device__ __forceinline__ void produce_piece(const PairSm90& params, uint32_t shared, int rank,
+                                              const Piece& piece, uint32_t& step) {
+  const Plan& plan = params.plan;
+  const ChunkColumns columns = chunk_columns(params, piece.tile);
+  const int chunks = chunks_of(plan, piece.tile);
+  const uint32_t bytes = stage_bytes(params, piece.tile);
+  const int32_t unit[kConsumers] = {static_cast<int32_t>(first_unit(plan, piece.tile, rank, 0)),
+                                    static_cast<int32_t>(first_unit(plan, piece.tile, rank, 1))};
+  const Position distance = position_of(params.patches, kStagePositions);
+  int32_t row = piece.begin * kStagePositions;
+  Position position = position_of(params.patches, row);
+  for (int32_t i = piece.begin; i < piece.end; ++i, ++step) {
+    const int stage = stage_of(step);
+    const uint32_t full = shared + full_at(stage);
+    wait_empty(shared, step);
+    ptx::mbarrier_arrive_expect_tx(full, bytes);
+    copy_responses(params, shared, full, stage, unit, row);
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      if (chunk < chunks && chunk_owner(chunk, plan.cluster) == rank) {
+        copy_chunk(params, shared + input_at(stage, chunk), full, columns.channel[chunk],
+                   columns.offsets[chunk], row, position);
+      }
+    }
+    row += kStagePositions;
+    position = advanced(params.patches, position, distance);
+  }
+}
+
+// --- y in registers -----------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t pack(float low, float high, bf16) {
+  return ptx::cvt_rn_bf16x2_f32(high, low);
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, f16) {
+  return ptx::cvt_rn_f16x2_f32(high, low);
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t bits) {
+  return {to_float(T{static_cast<uint16_t>(bits)}), to_float(T{static_cast<uint16_t>(bits >> 16)})};
+}
+
+// The activities of a unit at `position` of the stage and the one after it.
+
+// softmax over all units, where nothing else is asked for.
+struct SoftmaxActivity {
+  float scale;
+
+  template <class T>
+  __device__ __forceinline__ uint32_t pair(const unsigned char* states, uint32_t bits, int32_t,
+                                           int position) const {
+    const float2 u = unpack<T>(bits);
+    const float2 logsumexp = reinterpret_cast<const float2*>(states + 2 * kStateBytes)[position / 2];
+    return pack(softmax_of(u.x, scale, logsumexp.x), softmax_of(u.y, scale, logsumexp.y), T{});
+  }
+};
+
+struct AnyActivity {
+  Competition competition;
+
+  template <class T>
+  __device__ __forceinline__ uint32_t pair(const unsigned char* states, uint32_t bits, int32_t unit,
+                                           int position) const {
+    const float2 u = unpack<T>(bits);
+    const float2 threshold = numbers<float2>(states, 0, position),
+                 logsumexp = numbers<float2>(states, 2, position);
+    const int2 cut = numbers<int2>(states, 1, position), first = numbers<int2>(states, 3, position);
+    return pack(activity_of(u.x, unit, {threshold.x, cut.x, logsumexp.x, first.x}, competition),
+                activity_of(u.y, unit, {threshold.y, cut.y, logsumexp.y, first.y}, competition), T{});
+  }
+
+  template <class Two>
+  static __device__ __forceinline__ Two numbers(const unsigned char* states, int state, int position) {
+    return reinterpret_cast<const Two*>(states + state * kStateBytes)[position / 2];
+  }
+};
+
+// Zeros beyond the last position: u is zero there, of which an activity makes what it likes.
+template <int count>
+__device__ __forceinline__ void mask(uint32_t (&y)[count], int positions) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const int position = i / 4 * kDepth + fragment_position(threadIdx.x, i % 4);
+    if (position >= positions) y[i] = 0;
+    if (position + 1 == positions) y[i] &= 0xffff;
+  }
+}
+
+template <class T, class Activity>
+__device__ __forceinline__ void load_activity(uint32_t (&y)[4 * kSteps], const unsigned char* base, int stage,
+                                              int consumer, int32_t unit, int positions,
+                                              const Activity& activity) {
+  const int thread = threadIdx.x % kWarpgroup;
+  const unsigned char* states = base + state_at(stage, 0);
+  const unsigned char* tile = base + response_at(stage, consumer);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    uint32_t u[4];
+    ptx::ldmatrix_x4_trans(
+        u, tile + k * kStepBytes + swizzled(ldmatrix_position(thread), ldmatrix_unit(thread)));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      y[4 * k + i] = activity.template pair<T>(states, u[i], unit + fragment_unit(thread, i),
+                                               k * kDepth + fragment_position(thread, i));
+    }
+  }
+  if (positions < kStagePositions) mask(y, positions);
+}
+
+// --- multiplying --------------------------------------------------------------------------------
+
+template <class T>
+struct Wgmma;
+
+template <>
+struct Wgmma<bf16> {
+  static __device__ __forceinline__ void rs(float (&d)[kAccumulators], const uint32_t* a, uint64_t b) {
+    ptx::wgmma_m64n256k16_bf16_rs(d, a, b);
+  }
+  static __device__ __forceinline__ void ss(float (&d)[kAccumulators], uint64_t a, uint64_t b) {
+    ptx::wgmma_m64n256k16_bf16_ss(d, a, b);
+  }
+};
+
+template <>
+struct Wgmma<f16> {
+  static __device__ __forceinline__ void rs(float (&d)[kAccumulators], const uint32_t* a, uint64_t b) {
+    ptx::wgmma_m64n256k16_f16_rs(d, a, b);
+  }
+  static __device__ __forceinline__ void ss(float (&d)[kAccumulators], uint64_t a, uint64_t b) {
+    ptx::wgmma_m64n256k16_f16_ss(d, a, b);
+  }
+};
+
+__device__ __forceinline__ uint64_t input_descriptor(uint32_t shared, int stage) {
+  return operand_descriptor(shared + input_at(stage, 0), kChunkBytes);
+}
+
+// d += y^T x. The y of the next stage is made while the tensor cores multiply this one.
+template <class T, class Activity>
+__device__ __forceinline__ void multiply_activity(float (&d)[kAccumulators], const PairSm90& params,
+                                                  const unsigned char* base, int consumer, int32_t unit,
+                                                  const Piece& piece, uint32_t& step,
+                                                  const Activity& activity) {
+  const uint32_t shared = ptx::shared_address(base);
+  int positions = params.positions - piece.begin * kStagePositions;
+  uint32_t y[4 * kSteps];
+  wait_full(shared, step);
+  load_activity<T>(y, base, stage_of(step), consumer, unit, positions, activity);
+  for (int32_t i = piece.begin; i < piece.end; ++i, ++step) {
+    const uint64_t x = input_descriptor(shared, stage_of(step));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) Wgmma<T>::rs(d, y + 4 * k, x + k * descriptor_step(kStepBytes));
+    ptx::wgmma_commit_group();
+    uint32_t next[4 * kSteps] = {};
+    positions -= kStagePositions;
+    if (i + 1 < piece.end) {
+      wait_full(shared, step + 1);
+      load_activity<T>(next, base, stage_of(step + 1), consumer, unit, positions, activity);
+    }
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_hold(d);
+    ptx::wgmma_hold(y);
+    release(shared, step, params.plan.cluster);
+#pragma unroll
+    for (int j = 0; j < 4 * kSteps; ++j) y[j] = next[j];
+  }
+}
+
+// d += e^T x for e = dL/du. The products of one stage are under way while the next are queued.
+template <class T>
+__device__ __forceinline__ void multiply_gradient(float (&d)[kAccumulators], const PairSm90& params,
+                                                  uint32_t shared, int consumer, const Piece& piece,
+                                                  uint32_t& step) {
+  for (int32_t i = piece.begin; i < piece.end; ++i, ++step) {
+    const int stage = stage_of(step);
+    const uint64_t x = input_descriptor(shared, stage);
+    const uint64_t e = operand_descriptor(shared + response_at(stage, consumer), 0);
+    wait_full(shared, step);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      Wgmma<T>::ss(d, e + k * descriptor_step(kStepBytes), x + k * descriptor_step(kStepBytes));
+    }
+    ptx::wgmma_commit_group();
+    ptx::wgmma_wait_group<1>();
+    if (i > piece.begin) release(shared, step - 1, params.plan.cluster);
+  }
+  ptx::wgmma_wait_group<0>();
+  ptx::wgmma_hold(d);
+  release(shared, step - 1, params.plan.cluster);
+}
+
+// A consumer without units.
+__device__ __forceinline__ void skip(uint32_t shared, int cluster, const Piece& piece, uint32_t& step) {
+  for (int32_t i = piece.begin; i < piece.end; ++i, ++step) {
+    wait_full(shared, step);
+    release(shared, step, cluster);
+  }
+}
+
+// --- results ------------------------------------------------------------------------------------
+
+// Where a thread's accumulators of one chunk go: the first of them, and which of them exist.
+struct ChunkResult {
+  float* first;
+  int64_t next_channel;
+  int64_t next_unit;  // the second of the thread's two units
+  bool has_unit[2];
+  int32_t channels;  // from the first one on
+};
+
+__device__ __forceinline__ ChunkResult chunk_result(const PairSm90& params, int64_t tile, int rank,
+                                                    int consumer, int chunk, int thread) {
+  const Filters& layout = params.result[consumer].layout;
+  const Columns columns = columns_of(params.plan, first_chunk(params.plan, tile) + chunk);
+  const int32_t channel = columns.channel + accumulator_column(thread, 0);
+  const int64_t unit = first_unit(params.plan, tile, rank, consumer) + accumulator_unit(thread, 0);
+  const int64_t at =
+      unit * layout.stride_unit + channel * layout.stride_channel + columns.tap * layout.stride_tap;
+  const int64_t second = accumulator_unit(thread, 2) - accumulator_unit(thread, 0);
+  const int32_t channels = chunk < chunks_of(params.plan, tile) ? params.result_channels - channel : 0;
+  return {params.result[consumer].data + at,
+          layout.stride_channel,
+          second * layout.stride_unit,
+          {unit < params.units, unit + second < params.units},
+          channels};
+}
+
+// Accumulators 4 quad to 4 quad + 3, of 8 channels further for each quad of the chunk.
+__device__ __forceinline__ void store_quad(const ChunkResult& result, int quad, const float4& sum) {
+  const int channel = accumulator_column(0, 4 * (quad % (kQuads / kChunks)));
+  float* const first = result.first + channel * result.next_channel;
+  float* const second = first + result.next_unit;
+  const bool has_first = channel < result.channels, has_next = channel + 1 < result.channels;
+  if (has_first && result.has_unit[0]) first[0] = sum.x;
+  if (has_next && result.has_unit[0]) first[result.next_channel] = sum.y;
+  if (has_first && result.has_unit[1]) second[0] = sum.z;
+  if (has_next && result.has_unit[1]) second[result.next_channel] = sum.w;
+}
+
+__device__ __forceinline__ float4 quad_of(const float (&d)[kAccumulators], int quad) {
+  return {d[4 * quad], d[4 * quad + 1], d[4 * quad + 2], d[4 * quad + 3]};
+}
+
+__device__ __forceinline__ void store_piece(const PairSm90& params, const float (&d)[kAccumulators],
+                                            int64_t segment, int rank, int consumer, const Piece& piece) {
+  const int thread = threadIdx.x % kWarpgroup;
+  if (!is_whole(params.plan, piece)) {
+    const int slot = slot_of(params.plan, segment, piece.tile);
+    float4* const partials = params.partials + partial_at(blockIdx.x, slot, consumer, 0, thread);
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) partials[quad * kWarpgroup] = quad_of(d, quad);
+    return;
+  }
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    const ChunkResult result = chunk_result(params, piece.tile, rank, consumer, chunk, thread);
+#pragma unroll
+    for (int i = 0; i < kQuads / kChunks; ++i)
+      store_quad(result, i, quad_of(d, chunk * (kQuads / kChunks) + i));
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void consume_piece(const PairSm90& params, const unsigned char* base,
+                                              int64_t segment, int rank, int consumer, const Piece& piece,
+                                              uint32_t& step) {
+  const uint32_t shared = ptx::shared_address(base);
+  const int64_t unit = first_unit(params.plan, piece.tile, rank, consumer);
+  if (unit >= params.units) {
+    skip(shared, params.plan.cluster, piece, step);
+    return;
+  }
+  const Competition& competition = params.competition;
+  float d[kAccumulators];
+#pragma unroll
+  for (int i = 0; i < kAccumulators; ++i) d[i] = 0.0f;
+  if (!params.is_activity[consumer]) {
+    multiply_gradient<T>(d, params, shared, consumer, piece, step);
+  } else if (competition.activity == Activity::softmax && !competition.selects && !competition.anti) {
+    multiply_activity<T>(d, params, base, consumer, static_cast<int32_t>(unit), piece, step,
+                         SoftmaxActivity{competition.scale});
+  } else {
+    multiply_activity<T>(d, params, base, consumer, static_cast<int32_t>(unit), piece, step,
+                         AnyActivity{competition});
+  }
+  store_piece(params, d, segment, rank, consumer, piece);
+}
+
+// --- kernels ------------------------------------------------------------------------------------
+
+// Barriers of the whole cluster exist before any block copies or arrives; a state that is not given is zero.
+__device__ __forceinline__ void begin(const PairSm90& params, unsigned char* base) {
+  const uint32_t shared = ptx::shared_address(base);
+  const int cluster = params.plan.cluster;
+#ifdef GHL_DEBUG_WAITS
+  if (shared % 1024 != 0) __trap();  // swizzles are of addresses
+#endif
+  uint32_t* const states = reinterpret_cast<uint32_t*>(base + kStateAt);
+  for (int i = threadIdx.x; i < kStages * kStates * kStagePositions; i += kThreads) {
+    if (!params.has_state[i / kStagePositions % kStates]) states[i] = 0;
+  }
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(shared + full_at(stage), kFullArrivals);
+      ptx::mbarrier_init(shared + empty_at(stage), empty_arrivals(cluster));
+    }
+    ptx::fence_mbarrier_init();
+  }
+  ptx::barrier_cluster_arrive();
+  ptx::barrier_cluster_wait();
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) pair_kernel(const __grid_constant__ PairSm90 params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(GHL_CUDA_ON_HOST)
+  // 56 + 2 * 224 registers are no more than the 3 * 168 that the block starts with.
+  constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  unsigned char* const base = dynamic_shared<unsigned char>();
+  const uint32_t shared = ptx::shared_address(base);
+  const Plan& plan = params.plan;
+  const int rank = static_cast<int>(ptx::cluster_ctarank());
+  const int64_t segment = blockIdx.x / plan.cluster;
+  const int64_t end = segment_end(plan, segment);
+  const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
+  begin(params, base);
+  uint32_t step = 0;
+  if (warpgroup == kConsumers) {
+    ptx::setmaxnreg_dec<kProducerRegisters>();
+    if (threadIdx.x == kConsumers * kWarpgroup) {
+      ptx::prefetch_tensormap(params.x);
+      for (const CUtensorMap& map : params.responses) ptx::prefetch_tensormap(map);
+      for (int64_t at = segment_begin(plan, segment); at < end;) {
+        const Piece piece = piece_at(plan, at, end);
+        produce_piece(params, shared, rank, piece, step);
+        at += piece.end - piece.begin;
+      }
+    }
+  } else {
+    ptx::setmaxnreg_inc<kConsumerRegisters>();
+    for (int64_t at = segment_begin(plan, segment); at < end;) {
+      const Piece piece = piece_at(plan, at, end);
+      consume_piece<T>(params, base, segment, rank, warpgroup, piece, step);
+      at += piece.end - piece.begin;
+    }
+  }
+  // A block that ended would take its shared memory from under the other's copies and arrivals.
+  ptx::barrier_cluster_arrive();
+  ptx::barrier_cluster_wait();
+#endif
+}
+
+// One block adds up four accumulators of each thread of a consumer, of the tile cut where a segment begins.
+__global__ void __launch_bounds__(kWarpgroup) sum_partials(const __grid_constant__ PairSm90 params) {
+  const Plan& plan = params.plan;
+  int64_t block = blockIdx.x;
+  const int quad = static_cast<int>(block % kQuads);
+  block /= kQuads;
+  const int consumer = static_cast<int>(block % kConsumers);
+  block /= kConsumers;
+  const int rank = static_cast<int>(block % plan.cluster);
+  const int64_t tile = cut_tile(plan, 1 + block / plan.cluster);
+  if (tile < 0 || first_unit(plan, tile, rank, consumer) >= params.units) return;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t last = last_segment(plan, tile);
+  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+  for (int64_t segment = first_segment(plan, tile); segment <= last; ++segment) {
+    const int slot = slot_of(plan, segment, tile);
+    const float4 part =
+        params.partials[partial_at(segment * plan.cluster + rank, slot, consumer, quad, thread)];
+    sum.x += part.x;
+    sum.y += part.y;
+    sum.z += part.z;
+    sum.w += part.w;
+  }
+  store_quad(chunk_result(params, tile, rank, consumer, quad / (kQuads / kChunks), thread), quad, sum);
+}
+
+}  // namespace ghl::sm90

@@ -1,0 +1,375 @@
+// The arithmetic of the Hopper pair kernel: what lies where in shared memory, which positions, units and
+// columns a block works on, and where its patches begin. Pure functions, the same on the device and in host
+// tests.
+//
+// The result is a matrix of units and columns. Columns come in chunks of 64 channels of one tap, and a tile
+// of the result holds 4 chunks. Positions are summed in stages of 64.
+#pragma once
+
+#include <cstdint>
+
+#include "ghl/correlate.h"
+
+#ifdef __CUDACC__
+#define GHL_HOST_DEVICE __host__ __device__
+#else
+#define GHL_HOST_DEVICE
+#endif
+
+namespace ghl::sm90 {
+
+constexpr int kStages = 4;
+constexpr int kStagePositions = 64;  // of a stage
+constexpr int kTileUnits = 64;       // of one warpgroup
+constexpr int kChunk = 64;           // columns that one copy brings: a swizzled row of 128 bytes
+constexpr int kChunks = 4;
+constexpr int kTileColumns = kChunk * kChunks;
+constexpr int kDepth = 16;  // positions that one wgmma sums
+constexpr int kSteps = kStagePositions / kDepth;
+
+constexpr int kConsumers = 2;  // warpgroups that multiply, each with a tile of its own
+constexpr int kWarpgroup = 128;
+constexpr int kWarps = 4;  // of a warpgroup
+constexpr int kThreads = kWarpgroup * (kConsumers + 1);
+constexpr int kAccumulators = kTileUnits * kTileColumns / kWarpgroup;
+constexpr int kQuads = kAccumulators / 4;
+
+constexpr int kStates = 4;  // arrays of 4-byte numbers: threshold, cut, logsumexp, first
+
+// --- shared memory ------------------------------------------------------------------------------
+
+constexpr int kElement = 2;  // bytes of bf16 and f16
+constexpr int kRow = kChunk * kElement;
+constexpr int kChunkBytes = kStagePositions * kRow;
+constexpr int kInputBytes = kChunks * kChunkBytes;
+constexpr int kResponseBytes = kStagePositions * kTileUnits * kElement;
+constexpr int kStateBytes = kStagePositions * 4;
+
+// Of every array all stages follow one another, so that each begins at a multiple of what swizzling needs
+// (1024).
+constexpr int kInputAt = 0;
+constexpr int kResponseAt = kInputAt + kStages * kInputBytes;
+constexpr int kStateAt = kResponseAt + kStages * kConsumers * kResponseBytes;
+constexpr int kFullAt = kStateAt + kStages * kStates * kStateBytes;
+constexpr int kEmptyAt = kFullAt + kStages * 8;
+constexpr int kSharedBytes = kEmptyAt + kStages * 8;
+
+GHL_HOST_DEVICE constexpr int input_at(int stage, int chunk) {
+  return kInputAt + stage * kInputBytes + chunk * kChunkBytes;
+}
+
+GHL_HOST_DEVICE constexpr int response_at(int stage, int consumer) {
+  return kResponseAt + (stage * kConsumers + consumer) * kResponseBytes;
+}
+
+GHL_HOST_DEVICE constexpr int state_at(int stage, int state) {
+  return kStateAt + (stage * kStates + state) * kStateBytes;
+}
+
+GHL_HOST_DEVICE constexpr int full_at(int stage) { return kFullAt + stage * 8; }
+GHL_HOST_DEVICE constexpr int empty_at(int stage) { return kEmptyAt + stage * 8; }
+
+// Byte of an element in a box of rows of 128 bytes, as a copy with CU_TENSOR_MAP_SWIZZLE_128B lays it down:
+// the 16-byte pieces of a row are permuted by the row's place among eight.
+GHL_HOST_DEVICE constexpr int swizzled(int row, int column) {
+  const int piece = (column / 8) ^ (row % 8);
+  return row * kRow + piece * 16 + column % 8 * kElement;
+}
+
+// Shared-memory descriptor of a wgmma operand whose rows are positions ("MN-major"), swizzled as above.
+// `next` is the distance in bytes from 64 units or columns to the following 64, 0 where there are no more.
+GHL_HOST_DEVICE constexpr uint64_t operand_descriptor(uint32_t shared_address, uint32_t next) {
+  constexpr uint64_t kSwizzle128 = 1;
+  constexpr uint32_t kEightRows = 8 * kRow;
+  return static_cast<uint64_t>((shared_address & 0x3ffff) >> 4) | static_cast<uint64_t>(next >> 4) << 16 |
+         static_cast<uint64_t>(kEightRows >> 4) << 32 | kSwizzle128 << 62;
+}
+
+// What to add to a descriptor for an operand that lies so many bytes further.
+GHL_HOST_DEVICE constexpr uint64_t descriptor_step(int bytes) { return static_cast<uint64_t>(bytes >> 4); }
+
+constexpr int kStepBytes = kDepth * kRow;
+
+// --- fragments of wgmma -------------------------------------------------------------------------
+
+// Accumulator i of a thread belongs to this unit and column of the warpgroup's tile.
+GHL_HOST_DEVICE constexpr int accumulator_unit(int thread, int i) {
+  return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+}
+GHL_HOST_DEVICE constexpr int accumulator_column(int thread, int i) {
+  return i / 4 * 8 + thread % 4 * 2 + i % 2;
+}
+
+// Register i (0 to 3) of the left operand holds this unit at two positions of the step, the first of which is
+// this.
+GHL_HOST_DEVICE constexpr int fragment_unit(int thread, int i) {
+  return thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8;
+}
+GHL_HOST_DEVICE constexpr int fragment_position(int thread, int i) { return thread % 4 * 2 + i / 2 * 8; }
+
+// The row that a thread names to ldmatrix.x4.trans for that operand: position and first of eight units.
+GHL_HOST_DEVICE constexpr int ldmatrix_position(int thread) { return thread % 8 + thread % 32 / 16 * 8; }
+GHL_HOST_DEVICE constexpr int ldmatrix_unit(int thread) { return thread / 32 * 16 + thread % 32 / 8 % 2 * 8; }
+
+// --- the ring of stages -------------------------------------------------------------------------
+
+// Step i of a block uses stage i % kStages. A wait returns when the barrier's phase of this parity is over;
+// the phase before the first counts as over and has parity 1. Rings of other lengths are for tests.
+template <int stages = kStages>
+GHL_HOST_DEVICE constexpr int stage_of(uint32_t step) {
+  return static_cast<int>(step % stages);
+}
+template <int stages = kStages>
+GHL_HOST_DEVICE constexpr uint32_t full_parity(uint32_t step) {
+  return step / stages & 1;
+}
+template <int stages = kStages>
+GHL_HOST_DEVICE constexpr uint32_t empty_parity(uint32_t step) {
+  return (step / stages & 1) ^ 1;
+}
+
+// Arrivals that complete a phase: the producer's alone, with the bytes it announces; and one of each warp
+// that multiplies, in every block that the stage's copies reach.
+constexpr uint32_t kFullArrivals = 1;
+GHL_HOST_DEVICE constexpr uint32_t empty_arrivals(int cluster, int warps = kConsumers * kWarps) {
+  return static_cast<uint32_t>(cluster * warps);
+}
+
+// The block of a cluster that copies a chunk, to all of them.
+GHL_HOST_DEVICE constexpr int chunk_owner(int chunk, int cluster) { return chunk % cluster; }
+
+// --- who sums what ------------------------------------------------------------------------------
+
+// A tile is 4 chunks of columns by the units of one cluster; its work is its stages. All work, tile after
+// tile, is cut into segments of equal length, one for each cluster, so that a tile may be cut too.
+struct Plan {
+  int32_t cluster = 1;      // blocks
+  int32_t block_units = 0;  // 64 where the consumers compute A and G, 128 where both compute one of them
+  int32_t unit_groups = 0;  // tiles along the units
+  int32_t chunks_per_tap = 0;
+  int32_t chunks = 0;  // of all taps
+  int32_t stages = 0;  // of a tile
+  int64_t tiles = 0;
+  int64_t length = 0;  // of a segment, in stages
+  int64_t segments = 0;
+};
+
+template <class T>
+GHL_HOST_DEVICE constexpr T ceil_of(T count, T size) {
+  return (count + size - 1) / size;
+}
+
+GHL_HOST_DEVICE constexpr Plan make_plan(int64_t units, int64_t channels, int64_t taps, int64_t positions,
+                                         bool both, int blocks) {
+  Plan plan;
+  plan.block_units = both ? kTileUnits : 2 * kTileUnits;
+  // A second block without units would idle.
+  plan.cluster = units > plan.block_units ? 2 : 1;
+  plan.unit_groups = static_cast<int32_t>(ceil_of<int64_t>(units, plan.block_units * plan.cluster));
+  plan.chunks_per_tap = static_cast<int32_t>(ceil_of<int64_t>(channels, kChunk));
+  plan.chunks = static_cast<int32_t>(taps * plan.chunks_per_tap);
+  plan.stages = static_cast<int32_t>(ceil_of<int64_t>(positions, kStagePositions));
+  plan.tiles = static_cast<int64_t>(plan.unit_groups) * ceil_of<int64_t>(plan.chunks, kChunks);
+  const int64_t work = plan.tiles * plan.stages;
+  plan.length = ceil_of<int64_t>(work, blocks / plan.cluster);
+  plan.segments = ceil_of<int64_t>(work, plan.length);
+  return plan;
+}
+
+// The stages [begin, end) of a tile that lie in one segment.
+struct Piece {
+  int64_t tile = 0;
+  int32_t begin = 0;
+  int32_t end = 0;
+};
+
+GHL_HOST_DEVICE constexpr int64_t segment_begin(const Plan& plan, int64_t segment) {
+  return segment * plan.length;
+}
+
+GHL_HOST_DEVICE constexpr int64_t segment_end(const Plan& plan, int64_t segment) {
+  const int64_t end = (segment + 1) * plan.length, work = plan.tiles * plan.stages;
+  return end < work ? end : work;
+}
+
+// The piece that begins at `from` of a segment that ends at `to`.
+GHL_HOST_DEVICE constexpr Piece piece_at(const Plan& plan, int64_t from, int64_t to) {
+  Piece piece;
+  piece.tile = from / plan.stages;
+  piece.begin = static_cast<int32_t>(from % plan.stages);
+  const int64_t left = to - from;
+  piece.end = left < plan.stages - piece.begin ? piece.begin + static_cast<int32_t>(left) : plan.stages;
+  return piece;
+}
+
+GHL_HOST_DEVICE constexpr bool is_whole(const Plan& plan, const Piece& piece) {
+  return piece.begin == 0 && piece.end == plan.stages;
+}
+
+// A segment cuts at most two tiles: the one it begins in, slot 0, and another that it ends in, slot 1.
+constexpr int kSlots = 2;
+GHL_HOST_DEVICE constexpr int slot_of(const Plan& plan, int64_t segment, int64_t tile) {
+  return segment_begin(plan, segment) / plan.stages == tile ? 0 : 1;
+}
+
+GHL_HOST_DEVICE constexpr int64_t first_segment(const Plan& plan, int64_t tile) {
+  return tile * plan.stages / plan.length;
+}
+GHL_HOST_DEVICE constexpr int64_t last_segment(const Plan& plan, int64_t tile) {
+  return ((tile + 1) * plan.stages - 1) / plan.length;
+}
+
+// The tile that is cut where a segment begins, or -1: there is none, or an earlier segment names it.
+GHL_HOST_DEVICE constexpr int64_t cut_tile(const Plan& plan, int64_t segment) {
+  const int64_t begin = segment_begin(plan, segment), tile = begin / plan.stages;
+  return begin % plan.stages != 0 && first_segment(plan, tile) == segment - 1 ? tile : -1;
+}
+
+// Four floats of a partial sum: index into the workspace, in units of 16 bytes.
+GHL_HOST_DEVICE constexpr int64_t partial_at(int64_t block, int slot, int consumer, int quad, int thread) {
+  return (((block * kSlots + slot) * kConsumers + consumer) * kQuads + quad) * kWarpgroup + thread;
+}
+
+constexpr int64_t kBlockWorkspace = static_cast<int64_t>(kSlots) * kConsumers * kTileUnits * kTileColumns *
+                                    static_cast<int64_t>(sizeof(float));
+
+// The first unit of a consumer. Consumers that compute A and G have the same units.
+GHL_HOST_DEVICE constexpr int64_t first_unit(const Plan& plan, int64_t tile, int rank, int consumer) {
+  const int64_t group = tile % plan.unit_groups;
+  return (group * plan.cluster + rank) * plan.block_units +
+         (plan.block_units > kTileUnits ? consumer : 0) * kTileUnits;
+}
+
+// The first chunk of columns of a tile, and how many it has.
+GHL_HOST_DEVICE constexpr int32_t first_chunk(const Plan& plan, int64_t tile) {
+  return static_cast<int32_t>(tile / plan.unit_groups) * kChunks;
+}
+GHL_HOST_DEVICE constexpr int chunks_of(const Plan& plan, int64_t tile) {
+  const int32_t left = plan.chunks - first_chunk(plan, tile);
+  return left < kChunks ? left : kChunks;
+}
+
+struct Columns {
+  int32_t tap = 0;
+  int32_t channel = 0;  // the first of 64
+};
+
+GHL_HOST_DEVICE constexpr Columns columns_of(const Plan& plan, int32_t chunk) {
+  return {chunk / plan.chunks_per_tap, chunk % plan.chunks_per_tap * kChunk};
+}
+
+// --- patches ------------------------------------------------------------------------------------
+
+// How x is copied: rows of a matrix, or pixels of an image by im2col in 2 or 3 spatial dimensions.
+enum class Source : int { rows = 0, image = 1, volume = 2 };
+
+// Dimensions in the order of a tensor map, width first.
+struct Patches {
+  int32_t out_size[3] = {1, 1, 1};
+  int32_t kernel[3] = {1, 1, 1};
+  int32_t stride[3] = {1, 1, 1};
+  int32_t padding[3] = {0, 0, 0};
+  int32_t dilation[3] = {1, 1, 1};
+};
+
+GHL_HOST_DEVICE constexpr Patches patches_of(const ConvGeometry& geometry) {
+  Patches patches;
+  for (int i = 0; i < 3; ++i) {
+    patches.out_size[i] = static_cast<int32_t>(geometry.out_size[2 - i]);
+    patches.kernel[i] = static_cast<int32_t>(geometry.kernel[2 - i]);
+    patches.stride[i] = static_cast<int32_t>(geometry.stride[2 - i]);
+    patches.padding[i] = static_cast<int32_t>(geometry.padding[2 - i]);
+    patches.dilation[i] = static_cast<int32_t>(geometry.dilation[2 - i]);
+  }
+  return patches;
+}
+
+// Corners of the box that the first tap of every patch stays in: offsets from the image's first pixel, and
+// from its last.
+GHL_HOST_DEVICE constexpr int32_t lower_corner(const Patches& patches, int i) { return -patches.padding[i]; }
+GHL_HOST_DEVICE constexpr int32_t upper_corner(const Patches& patches, int i) {
+  return patches.padding[i] - (patches.kernel[i] - 1) * patches.dilation[i];
+}
+
+// Pixels that the copy finds in that box along one dimension, which must be those of the convolution's
+// result.
+GHL_HOST_DEVICE constexpr int64_t pixels_in_box(const Patches& patches, int i, int64_t in_size) {
+  const int64_t size = in_size + upper_corner(patches, i) - lower_corner(patches, i);
+  return size > 0 ? (size - 1) / patches.stride[i] + 1 : 0;
+}
+
+// A position of the convolution's result: its indices, width first, and its image.
+struct Position {
+  int32_t at[3] = {0, 0, 0};
+  int32_t image = 0;
+};
+
+GHL_HOST_DEVICE constexpr Position position_of(const Patches& patches, int32_t index) {
+  Position position;
+  for (int i = 0; i < 3; ++i) {
+    position.at[i] = index % patches.out_size[i];
+    index /= patches.out_size[i];
+  }
+  position.image = index;
+  return position;
+}
+
+// The position so many further, without a division: `distance` is position_of() of that number.
+GHL_HOST_DEVICE constexpr Position advanced(const Patches& patches, Position position,
+                                            const Position& distance) {
+  int32_t carry = 0;
+  for (int i = 0; i < 3; ++i) {
+    position.at[i] += distance.at[i] + carry;
+    carry = position.at[i] >= patches.out_size[i] ? 1 : 0;
+    position.at[i] -= carry * patches.out_size[i];
+  }
+  position.image += distance.image + carry;
+  return position;
+}
+
+// The pixel of the first tap of a position, along one dimension: where its copy begins.
+GHL_HOST_DEVICE constexpr int32_t pixel_of(const Patches& patches, const Position& position, int i) {
+  return position.at[i] * patches.stride[i] + lower_corner(patches, i);
+}
+
+// Distance of a tap from the first in each dimension, a byte each.
+GHL_HOST_DEVICE constexpr uint32_t offsets_of(const Patches& patches, int32_t tap) {
+  uint32_t offsets = 0;
+  for (int i = 0; i < 3; ++i) {
+    offsets |= static_cast<uint32_t>(tap % patches.kernel[i] * patches.dilation[i]) << 8 * i;
+    tap /= patches.kernel[i];
+  }
+  return offsets;
+}
+GHL_HOST_DEVICE constexpr uint16_t offset_of(uint32_t offsets, int i) {
+  return static_cast<uint16_t>(offsets >> 8 * i & 0xff);
+}
+
+// What a tensor map can hold (CUDA's driver manual, cuTensorMapEncodeIm2col; PTX manual, "im2col mode").
+constexpr int kMaxElementStride = 8;
+
+struct Range {
+  int32_t lowest_corner;
+  int32_t highest_corner;
+  int32_t highest_offset;
+};
+
+GHL_HOST_DEVICE constexpr Range range_of(Source source) {
+  return source == Source::volume ? Range{-16, 15, 31} : Range{-128, 127, 255};
+}
+
+GHL_HOST_DEVICE constexpr bool fits_im2col(const Patches& patches, Source source,
+                                           const ConvGeometry& geometry) {
+  const Range range = range_of(source);
+  for (int i = 0; i < 3; ++i) {
+    const bool inside = lower_corner(patches, i) >= range.lowest_corner &&
+                        upper_corner(patches, i) >= range.lowest_corner &&
+                        upper_corner(patches, i) <= range.highest_corner &&
+                        (patches.kernel[i] - 1) * patches.dilation[i] <= range.highest_offset;
+    if (!inside || patches.stride[i] > kMaxElementStride) return false;
+    if (pixels_in_box(patches, i, geometry.in_size[2 - i]) != patches.out_size[i]) return false;
+  }
+  return true;
+}
+
+}  // namespace ghl::sm90

@@ -1,0 +1,105 @@
+#include <algorithm>
+
+#include "cuda/pair.cuh"
+#include "cuda/pair_sum.h"
+
+namespace ghl {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMostTeams = 8;
+
+struct SumParams {
+  const float* parts;
+  int32_t number;
+  int64_t elements;  // of a part
+  int32_t teams;     // that share an element, each with every teams-th part
+  int32_t first_tile;
+  int32_t unit_blocks;
+  int32_t column_blocks;
+  int32_t tile_columns;
+  bool one_result;
+  int32_t units;    // of a group
+  int32_t columns;  // of a group
+  Divisor channels;
+  float* out[2];  // of the halves
+  Filters layout;
+  int64_t result_channels;
+};
+
+__device__ __forceinline__ void store(const SumParams& params, int64_t element, float sum) {
+  const int tile_size = 2 * kPairHalf * params.tile_columns;
+  const int in_tile = static_cast<int>(element % tile_size);
+  const int row = in_tile / params.tile_columns, half = row / kPairHalf;
+  const int tile = params.first_tile + static_cast<int>(element / tile_size);
+  const int unit_block = tile % params.unit_blocks;
+  const int column_block = tile / params.unit_blocks % params.column_blocks;
+  const int64_t group = tile / params.unit_blocks / params.column_blocks;
+  const int unit = (params.one_result ? 2 * unit_block + half : unit_block) * kPairHalf + row % kPairHalf;
+  const int column = column_block * params.tile_columns + in_tile % params.tile_columns;
+  const int64_t tap = params.channels.divide(column);
+  const int64_t channel = column - tap * params.channels.value;
+  if (unit >= params.units || column >= params.columns || channel >= params.result_channels) return;
+  const Filters& layout = params.layout;
+  params.out[half][(group * params.units + unit) * layout.stride_unit + channel * layout.stride_channel +
+                   tap * layout.stride_tap] = sum;
+}
+
+__global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ SumParams params) {
+  __shared__ float sums[kThreads];
+  const int width = kThreads / params.teams;  // elements of a block
+  const int thread = static_cast<int>(threadIdx.x);
+  const int team = thread / width;
+  const int64_t element = static_cast<int64_t>(blockIdx.x) * width + thread % width;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int part = team; part < params.number; part += params.teams) {
+    sum += __ldg(params.parts + part * params.elements + element);
+  }
+  sums[thread] = sum;
+  __syncthreads();
+  if (team != 0) return;
+  for (int other = 1; other < params.teams; ++other) sum += sums[other * width + thread];
+  store(params, element, sum);
+}
+
+}  // namespace
+
+Status pair_sum_tiles(const PairParams& params, const PairPlan& plan, Stream stream) {
+  const int64_t elements =
+      plan.split_tiles * pair_tile_bytes(plan.wide) / static_cast<int64_t>(sizeof(float));
+  int teams = 1;
+  while (teams < kMostTeams && 16 * teams <= plan.parts) teams *= 2;
+  const int64_t groups = params.geometry.groups;
+  const SumParams sum{static_cast<const float*>(params.workspace),
+                      static_cast<int32_t>(plan.parts),
+                      elements,
+                      teams,
+                      static_cast<int32_t>(plan.whole_tiles),
+                      static_cast<int32_t>(plan.unit_blocks),
+                      static_cast<int32_t>(plan.column_blocks),
+                      pair_columns(plan.wide),
+                      pair_results(params) == 1,
+                      static_cast<int32_t>(params.units / groups),
+                      static_cast<int32_t>(pair_taps(params) * pair_group_channels(params)),
+                      Divisor(pair_group_channels(params)),
+                      {params.g ? params.g : params.a, params.a ? params.a : params.g},
+                      params.result_layout,
+                      params.result_channels};
+  const Grid grid{elements * teams / kThreads, kThreads, 0};
+  return launch(pair_shape(params) + ", sum of the parts", sum_kernel, grid, stream, sum);
+}
+
+std::string pair_shape(const PairParams& params) {
+  const ConvGeometry& geometry = params.geometry;
+  const char* dtype = params.dtype == DType::bf16  ? "bfloat16"
+                      : params.dtype == DType::f16 ? "float16"
+                                                   : "float32";
+  const char* results = pair_results(params) == 2 ? "A and G" : params.a ? "A" : "G";
+  return std::string(results) + " of " + std::to_string(params.units) + " units over " +
+         std::to_string(pair_taps(params)) + " taps of " + std::to_string(pair_group_channels(params)) +
+         " channels in " + std::to_string(geometry.groups) + " groups at " +
+         std::to_string(pair_positions_of(params)) + " positions, " + dtype;
+}
+
+}  // namespace ghl

@@ -1,0 +1,63 @@
+"""A and G of a depthwise convolution: one channel per group, so there is nothing to multiply matrices of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ghl_kernels import _native
+from ghl_kernels.backends.cuda.kernels.arguments import (
+    ACTIVITY,
+    DTYPE,
+    address,
+    patch_arguments,
+    state_addresses,
+    stream_of,
+)
+from ghl_kernels.backends.gpu.layout import Patches, Responses
+from ghl_kernels.backends.gpu.memory import workspace
+from ghl_kernels.backends.gpu.state import State
+from ghl_kernels.rule import Competition
+
+_NO_LAYOUT = (1, 0, 0, 1)
+
+
+def correlate(
+    x: Patches, u: Responses, grad: Responses | None, state: State, competition: Competition, want_A: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """A (if ``want_A``) and G (if ``grad`` is given), float32 (units, 1, taps), of x with groups = channels.
+
+    Unit n sees channel n // (units / channels). x, u and dL/du may have any strides; channels_last is fast.
+
+    Raises:
+        torch.OutOfMemoryError: no memory for the workspace, with its size.
+    """
+    cuda, device, shape = _native.load_cuda(), x.tensor.device, (u.units, 1, x.taps)
+    A = torch.empty(shape, dtype=torch.float32, device=device) if want_A else None
+    G = torch.empty(shape, dtype=torch.float32, device=device) if grad else None
+    arguments = {
+        **patch_arguments(x),
+        **stream_of(x.tensor),
+        **state_addresses(state),
+        "dtype": DTYPE[x.tensor.dtype],
+        "units": u.units,
+        "u": address(u.tensor),
+        "u_layout": _layout(u),
+        "grad": address(grad.tensor) if grad else 0,
+        "grad_layout": _layout(grad) if grad else _NO_LAYOUT,
+        "activity": ACTIVITY[competition.activity],
+        "selects": competition.winners > 0,
+        "anti": competition.anti,
+        "temperature": competition.temperature,
+        "a": address(A),
+        "g": address(G),
+        "result_layout": (x.taps, x.taps, 1),
+    }
+    purpose = f"the sums of {u.units} units over {x.taps} taps at {u.positions} positions"
+    scratch = workspace((cuda.depthwise_workspace(**arguments) // 4,), device, purpose)
+    cuda.depthwise(**arguments, workspace=address(scratch))
+    return A, G
+
+
+def _layout(view: Responses) -> tuple[int, int, int, int]:
+    return view.inner, view.batch_stride, view.position_stride, view.unit_stride

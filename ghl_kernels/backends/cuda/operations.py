@@ -1,0 +1,50 @@
+"""The operations of backends/gpu on the kernels of csrc/cuda."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ghl_kernels.backends.cuda.kernels import compete, correlate, depthwise, epilogue, sparse
+from ghl_kernels.backends.gpu.layout import Patches, Responses
+from ghl_kernels.backends.gpu.operations import Operations
+from ghl_kernels.backends.gpu.state import State
+from ghl_kernels.rule import Competition
+
+_HOST_L2 = 32 << 20
+
+
+class CudaOperations(Operations):
+    """Kernels that nvcc compiled, or a C++ compiler for the host."""
+
+    competing, depthwise, sparse, epilogue = compete, depthwise, sparse, epilogue
+    fused_sgd_ = staticmethod(epilogue.fused_sgd_)
+
+    def correlate(
+        self,
+        x: Patches,
+        u: Responses,
+        grad_u: Responses | None,
+        state: State | None,
+        competition: Competition,
+        shape: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor | None]:
+        A, G = correlate.correlate(x, u, grad_u, state, competition, channels=shape[1])
+        assert A is not None
+        return A.view(shape), None if G is None else G.view(shape)
+
+    def takes_library(self, x: Patches, units: int, *, pair: bool) -> bool:
+        return correlate.prefers_library(x, units, pair=pair)
+
+    def l2_bytes(self, device: torch.device) -> int:
+        return _HOST_L2 if device.type == "cpu" else _l2_bytes(device)
+
+
+@functools.cache
+def _l2_bytes(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+OPERATIONS = CudaOperations()

@@ -1,0 +1,117 @@
+// The arithmetic of the Hopper pair kernel, for tests in Python.
+#include "cuda/pair_sm90_layout.h"
+
+using namespace ghl::sm90;
+
+namespace {
+
+template <class Function>
+uint32_t of_ring(int stages, Function function) {
+  switch (stages) {
+    case 2:
+      return function.template operator()<2>();
+    case 3:
+      return function.template operator()<3>();
+    default:
+      return function.template operator()<kStages>();
+  }
+}
+
+Patches read_patches(const int32_t* field) {
+  Patches patches;
+  for (int32_t* triple :
+       {patches.out_size, patches.kernel, patches.stride, patches.padding, patches.dilation}) {
+    for (int i = 0; i < 3; ++i) triple[i] = *field++;
+  }
+  return patches;
+}
+
+}  // namespace
+
+extern "C" {
+
+uint32_t ring_stage(uint32_t step, int stages) {
+  return of_ring(stages, [=]<int count>() { return static_cast<uint32_t>(stage_of<count>(step)); });
+}
+uint32_t ring_full_parity(uint32_t step, int stages) {
+  return of_ring(stages, [=]<int count>() { return full_parity<count>(step); });
+}
+uint32_t ring_empty_parity(uint32_t step, int stages) {
+  return of_ring(stages, [=]<int count>() { return empty_parity<count>(step); });
+}
+uint32_t ring_full_arrivals() { return kFullArrivals; }
+uint32_t ring_empty_arrivals(int cluster, int warps) { return empty_arrivals(cluster, warps); }
+
+// [lower, upper] corners of each dimension, width first.
+void corners(const int32_t* patches, int32_t* result) {
+  for (int i = 0; i < 3; ++i) {
+    result[2 * i] = lower_corner(read_patches(patches), i);
+    result[2 * i + 1] = upper_corner(read_patches(patches), i);
+  }
+}
+
+// Pixel and image at which the copies of stages 0, 1, ... begin: [stages, 4]; advanced from one to the next.
+void stage_pixels(const int32_t* fields, int stages, int32_t* result) {
+  const Patches patches = read_patches(fields);
+  const Position distance = position_of(patches, kStagePositions);
+  Position position = position_of(patches, 0);
+  for (int stage = 0; stage < stages; ++stage) {
+    for (int i = 0; i < 3; ++i) *result++ = pixel_of(patches, position, i);
+    *result++ = position.image;
+    position = advanced(patches, position, distance);
+  }
+}
+
+void tap_offsets(const int32_t* fields, int tap, int32_t* result) {
+  const uint32_t offsets = offsets_of(read_patches(fields), tap);
+  for (int i = 0; i < 3; ++i) result[i] = offset_of(offsets, i);
+}
+
+// Every piece of every segment: rows of segment, tile, begin, end, slot (-1: whole), and the plan's numbers.
+// Returns the number of rows.
+int pieces(int64_t units, int64_t channels, int64_t taps, int64_t positions, bool both, int blocks,
+           int64_t* numbers, int64_t* rows) {
+  const Plan plan = make_plan(units, channels, taps, positions, both, blocks);
+  numbers[0] = plan.cluster;
+  numbers[1] = plan.tiles;
+  numbers[2] = plan.stages;
+  numbers[3] = plan.segments;
+  int count = 0;
+  for (int64_t segment = 0; segment < plan.segments; ++segment) {
+    const int64_t end = segment_end(plan, segment);
+    for (int64_t at = segment_begin(plan, segment); at < end;) {
+      const Piece piece = piece_at(plan, at, end);
+      const int64_t slot = is_whole(plan, piece) ? -1 : slot_of(plan, segment, piece.tile);
+      for (const int64_t value : {segment, piece.tile, int64_t{piece.begin}, int64_t{piece.end}, slot}) {
+        *rows++ = value;
+      }
+      at += piece.end - piece.begin;
+      ++count;
+    }
+  }
+  return count;
+}
+
+// The parts that the second kernel adds up for the cut at each segment: rows of tile (-1: none), segment,
+// slot.
+int parts(int64_t units, int64_t channels, int64_t taps, int64_t positions, bool both, int blocks,
+          int64_t* rows) {
+  const Plan plan = make_plan(units, channels, taps, positions, both, blocks);
+  int count = 0;
+  for (int64_t cut = 1; cut < plan.segments; ++cut) {
+    const int64_t tile = cut_tile(plan, cut);
+    if (tile < 0) continue;
+    for (int64_t segment = first_segment(plan, tile); segment <= last_segment(plan, tile);
+         ++segment, ++count) {
+      for (const int64_t value : {tile, segment, int64_t{slot_of(plan, segment, tile)}}) *rows++ = value;
+    }
+  }
+  return count;
+}
+
+int64_t partial_index(int64_t block, int slot, int consumer, int quad, int thread) {
+  return partial_at(block, slot, consumer, quad, thread);
+}
+int64_t block_workspace() { return kBlockWorkspace; }
+int shared_bytes() { return kSharedBytes; }
+}

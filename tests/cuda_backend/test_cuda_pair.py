@@ -1,0 +1,428 @@
+"""A and G of csrc/cuda/pair.cu against sums in float64."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import EPS32, LAYOUTS, assert_as_good, embed, guards_intact
+from torch import Tensor
+
+from ghl_kernels import reference
+from ghl_kernels._geometry import Geometry
+from ghl_kernels.backends import eager
+from ghl_kernels.backends.cuda.kernels import correlate
+from ghl_kernels.backends.gpu.layout import patches, responses
+from ghl_kernels.backends.gpu.state import State, needs
+from ghl_kernels.rule import Competition, HebbianRule
+
+pytestmark = pytest.mark.usefixtures("cuda")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SOFTMAX = HebbianRule()
+RULES = (
+    SOFTMAX,
+    HebbianRule(temperature=0.5, losers="anti"),
+    HebbianRule(winners=3),
+    HebbianRule(activity="linear", winners=2, losers="anti"),
+    HebbianRule(activity="linear"),
+    HebbianRule(activity="relu"),
+    HebbianRule(activity="binary", winners=1),
+)
+H200 = {"multiprocessors": 132, "shared_limit": 227 << 10}
+LARGEST_BLOCKS = {"A100": 163 << 10, "L40": 99 << 10, "H200": 227 << 10}
+
+
+def state_of(u: Tensor, competition: Competition) -> State:
+    """The state of every position by torch, only those fields that the activity needs."""
+    threshold, cut, logsumexp = (field.flatten() for field in eager.competition_state(u, 1, competition))
+    rows = u.float().movedim(1, -1).reshape(-1, u.shape[1])
+    if not competition.winners:
+        threshold = torch.where(rows.isnan().any(1), float("nan"), 0.0)
+    fields = (threshold, cut, logsumexp, rows.argmax(1).to(torch.int32))
+    chosen = [
+        field.contiguous() if needed else None
+        for field, needed in zip(fields, needs(competition), strict=True)
+    ]
+    return State(*chosen)
+
+
+def judge(rows: Tensor, x: Tensor, shape: tuple[int, ...], geometry: Geometry | None) -> Tensor:
+    """sum_p rows_p x_p^T by torch, in the dtype of its arguments."""
+    return rows.t().mm(x) if geometry is None else eager.conv_correlate(x, rows, shape, geometry)
+
+
+def assert_is(
+    actual: Tensor | None, rows: Tensor, x: Tensor, shape: tuple[int, ...], geometry: Geometry | None
+) -> None:
+    """As good as float32 sums of the same operands, which the product takes in x's dtype."""
+    assert actual is not None
+    operands = rows.to(x.dtype)
+    oracle = judge(rows.double(), x.double(), shape, geometry)
+    eager32 = judge(operands.float(), x.float(), shape, geometry)
+    terms = judge(rows.double().abs(), x.double().abs(), shape, geometry)
+    # an activity is rounded twice on either side of a tie: in float32, then in x's dtype
+    roundings = EPS32 * 8 + (torch.finfo(x.dtype).eps / 2 if x.dtype != torch.float32 else 0.0)
+    assert_as_good(actual.view(shape), eager32, oracle, roundings * terms)
+
+
+def sums(
+    x: Tensor,
+    u: Tensor | None,
+    grad: Tensor | None,
+    geometry: Geometry | None,
+    state: State | None,
+    competition: Competition,
+) -> tuple[Tensor | None, Tensor | None]:
+    view = patches(x, geometry)
+    return correlate.correlate(
+        view,
+        None if u is None else responses(u, 1),
+        None if grad is None else responses(grad, 1),
+        state,
+        competition,
+        channels=view.channels,
+        form="mma",
+    )
+
+
+def check_sums(x: Tensor, u: Tensor, grad: Tensor, geometry: Geometry | None, rule: HebbianRule) -> None:
+    """A and G together, and each alone."""
+    competition = rule.competition(u.shape[1])
+    if geometry is None:
+        shape: tuple[int, ...] = (u.shape[1], x.shape[1])
+    else:
+        shape = (u.shape[1], x.shape[1] // geometry.groups, *geometry.kernel_size)
+    state = state_of(u, competition)
+    y = reference.compete(u.double(), rule, 1)
+    A, G = sums(x, u, grad, geometry, state, competition)
+    assert_is(A, y, x, shape, geometry)
+    assert_is(G, grad, x, shape, geometry)
+    A_alone, nothing = sums(x, u, None, geometry, state, competition)
+    assert nothing is None
+    assert_is(A_alone, y, x, shape, geometry)
+    nothing, G_alone = sums(x, None, grad, geometry, None, competition)
+    assert nothing is None
+    assert_is(G_alone, grad, x, shape, geometry)
+    if correlate.state_here(responses(u, 1), 1 if geometry is None else geometry.groups, competition):
+        assert_is(sums(x, u, None, geometry, None, competition)[0], y, x, shape, geometry)
+
+
+def equal(results: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...]) -> bool:
+    """Bit for bit."""
+    return all(
+        torch.equal(a, b) for a, b in zip(results, others, strict=True) if a is not None and b is not None
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_linear(dtype: torch.dtype, rule: HebbianRule) -> None:
+    x, u, grad = (torch.randn(70, size).to(dtype) for size in (19, 37, 37))
+    check_sums(x, u, grad, None, rule)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("positions", "units", "features"),
+    [(1, 1, 1), (3, 65, 8), (64, 64, 64), (33, 130, 72), (40, 16, 136), (20, 72, 300)],
+)
+def test_linear_shapes(dtype: torch.dtype, positions: int, units: int, features: int) -> None:
+    """Tiles that are full, nearly empty, narrow, wide, and several in each direction."""
+    x, u, grad = (torch.randn(positions, size).to(dtype) for size in (features, units, units))
+    check_sums(x, u, grad, None, SOFTMAX)
+    check_sums(x, u, grad, None, HebbianRule(activity="linear", winners=1))
+
+
+GEOMETRIES = [
+    (3, 5, (7,), Geometry((3,), (1,), (1,), (1,), 1)),
+    (8, 5, (9,), Geometry((2,), (2,), (0,), (3,), 1)),
+    (16, 24, (5, 6), Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1)),
+    (3, 7, (6, 5), Geometry((3, 2), (2, 1), (1, 0), (1, 2), 1)),
+    (32, 33, (4, 4), Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)),
+    (6, 8, (5, 5), Geometry((2, 2), (1, 1), (2, 2), (1, 1), 2)),
+    (48, 24, (4, 3), Geometry((3, 3), (1, 1), (1, 1), (1, 1), 3)),
+    (2, 4, (3, 4, 5), Geometry((2, 3, 2), (1, 2, 1), (1, 0, 1), (2, 1, 1), 1)),
+    (128, 17, (3, 3), Geometry((2, 2), (1, 1), (0, 0), (1, 1), 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", GEOMETRIES, ids=lambda case: "x".join(map(str, case[3].kernel_size)))
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_conv(dtype: torch.dtype, case: tuple[Any, ...], layout: str) -> None:
+    """Stride, padding, dilation and groups in 1-d to 3-d; u and dL/du in either layout."""
+    channels, units, size, geometry = case
+    x = torch.randn(2, channels, *size).to(dtype).movedim(1, -1).contiguous().movedim(-1, 1)
+    u = torch.randn(2, units, *geometry.out_size(size)).to(dtype)
+    grad = torch.randn(u.shape).to(dtype)
+    if layout == "channels_last":
+        u = u.movedim(1, -1).contiguous().movedim(-1, 1)
+    check_sums(x, u, grad, geometry, SOFTMAX)
+    check_sums(x, u, grad, geometry, HebbianRule(activity="linear", winners=2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vectors_along_positions(dtype: torch.dtype) -> None:
+    """u as (N, C, H, W) of 8 k positions an item, and as a transposed matrix: 16-byte loads of positions."""
+    geometry = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    x = torch.randn(3, 8, 4, 10).to(dtype)
+    u, grad = torch.randn(3, 40, 4, 10).to(dtype), torch.randn(3, 40, 4, 10).to(dtype)
+    check_sums(x, u, grad, geometry, SOFTMAX)
+    check_sums(x, u, grad, geometry, HebbianRule(winners=3, losers="anti"))
+    x, u, grad = torch.randn(72, 16).to(dtype), torch.randn(9, 72).to(dtype), torch.randn(9, 72).to(dtype)
+    check_sums(x, u.t(), grad.t(), None, HebbianRule(activity="relu"))
+
+
+@given(
+    positions=st.integers(1, 70),
+    units=st.integers(1, 70),
+    features=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    rule=st.sampled_from(RULES),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25)
+def test_layouts(
+    positions: int,
+    units: int,
+    features: int,
+    dtype: torch.dtype,
+    rule: HebbianRule,
+    layouts: tuple[str, ...],
+    seed: int,
+) -> None:
+    """Inputs that are slices of larger buffers of NaN: an element read outside would show."""
+    torch.manual_seed(seed)
+    if (isinstance(rule.winners, int) and rule.winners > units) or (rule.losers == "anti" and units == 1):
+        return
+    x, u, grad = (
+        embed(torch.randn(positions, size).to(dtype), layout)
+        for size, layout in zip((features, units, units), layouts, strict=True)
+    )
+    check_sums(x, u, grad, None, rule)
+    assert all(guards_intact(t) for t in (x, u, grad) if t._base is not None and t._base.isnan().any())
+
+
+def test_padded_channels_are_dropped() -> None:
+    """Channels of x from ``channels`` on are not in the results, whatever they hold."""
+    geometry = Geometry((2, 2), (1, 1), (0, 0), (1, 1), 2)
+    x = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(2, 6, 3, 3)
+    whole = sums(x, None, grad, geometry, None, SOFTMAX.competition(6))[1]
+    view = patches(x, geometry)
+    _, G = correlate.correlate(
+        view, None, responses(grad, 1), None, SOFTMAX.competition(6), channels=5, form="mma"
+    )
+    assert whole is not None
+    assert G is not None
+    assert torch.equal(G, whole[:, :5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts(cuda: ModuleType, dtype: torch.dtype) -> None:
+    """Several parts of the positions, the last one short, give the same sums; bit for bit in any order."""
+    x, u, grad = (torch.randn(1100, size).to(dtype) for size in (24, 40, 40))
+    plan = cuda.pair_plan(
+        units=40,
+        columns=24,
+        positions=1100,
+        results=2,
+        itemsize=x.element_size(),
+        multiprocessors=4,
+        shared_limit=164 << 10,
+    )
+    assert plan["parts"] > 2
+    check_sums(x, u, grad, None, SOFTMAX)
+    state = state_of(u, SOFTMAX.competition(40))
+    runs = []
+    for order in ("forward", "reverse", "random"):
+        cuda.schedule(order, 7)
+        runs.append(sums(x, u, grad, None, state, SOFTMAX.competition(40)))
+    assert equal(runs[0], runs[1])
+    assert equal(runs[0], runs[2])
+
+
+def test_whole_and_split_tiles(cuda: ModuleType) -> None:
+    """More tiles than the device takes at once: those of the last wave are cut into parts, the others not."""
+    units, columns, positions = 13 * 64 - 3, 24, 520
+    plan = cuda.pair_plan(
+        units=units,
+        columns=columns,
+        positions=positions,
+        results=2,
+        itemsize=2,
+        multiprocessors=4,
+        shared_limit=164 << 10,
+    )
+    assert plan["whole_tiles"] == 12
+    assert plan["split_tiles"] == 1
+    assert plan["parts"] > 1
+    x, u, grad = (torch.randn(positions, size).bfloat16() for size in (columns, units, units))
+    competition = Competition("relu", 0, 1.0, False)
+    A, G = sums(x, u, grad, None, state_of(u, competition), competition)
+    assert_is(A, u.relu(), x, (units, columns), None)
+    assert_is(G, grad, x, (units, columns), None)
+
+
+@pytest.mark.parametrize("order", ["reverse", "random"])
+def test_any_order_of_threads(cuda: ModuleType, order: str) -> None:
+    """Bitwise the same whichever thread runs first: there is no race that a schedule shows."""
+    geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    x = torch.randn(2, 8, 6, 8).bfloat16().contiguous(memory_format=torch.channels_last)
+    u, grad = torch.randn(2, 24, 6, 8).bfloat16(), torch.randn(2, 24, 6, 8).bfloat16()
+    u = u.contiguous(memory_format=torch.channels_last)
+    for rule in (SOFTMAX, HebbianRule(winners=3, losers="anti")):
+        state = state_of(u, rule.competition(24))
+        cuda.schedule("forward")
+        expected = sums(x, u, grad, geometry, state, rule.competition(24))
+        cuda.schedule(order, 3)
+        actual = sums(x, u, grad, geometry, state, rule.competition(24))
+        assert equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_reaches_what_it_must(dtype: torch.dtype) -> None:
+    """A NaN in u makes all of A NaN and leaves G; in x its column; in dL/du its row of G."""
+    x, u, grad = torch.randn(9, 5).to(dtype), torch.randn(9, 8).to(dtype), torch.randn(9, 8).to(dtype)
+    u[3, 1], grad[2, 0] = float("nan"), float("nan")
+    for rule in RULES:
+        competition = rule.competition(8)
+        A, G = sums(x, u, grad, None, state_of(u, competition), competition)
+        assert A is not None
+        assert A.isnan().all()
+        assert G is not None
+        assert torch.equal(G.isnan().flatten(1).all(1), torch.arange(8) == 0)
+        assert not G[1:].isnan().any()
+    A, _ = sums(x, u, None, None, None, SOFTMAX.competition(8))
+    assert A is not None
+    assert A.isnan().all()
+    x[1, 2] = float("nan")
+    _, G = sums(x, None, grad.nan_to_num(), None, None, SOFTMAX.competition(8))
+    assert G is not None
+    assert G[:, 2].isnan().all()
+    assert G.isnan().sum() == 8
+
+
+def test_infinities_are_not_hidden() -> None:
+    """An infinite dL/du makes its row not finite, and no other."""
+    x, grad = torch.randn(40, 16), torch.randn(40, 8)
+    grad[7, 3] = float("inf")
+    for dtype in DTYPES:
+        _, G = sums(x.to(dtype), None, grad.to(dtype), None, None, SOFTMAX.competition(8))
+        assert G is not None
+        assert torch.equal(~G.isfinite().flatten(1).any(1), torch.arange(8) == 3)
+
+
+def test_no_positions_make_zeros() -> None:
+    """Empty batches give A = G = 0."""
+    geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    x, u = torch.empty(0, 8, 5, 5), torch.empty(0, 4, 5, 5)
+    A, G = sums(x, u, u, geometry, State(None, None, None, None), SOFTMAX.competition(4))
+    assert A is not None
+    assert G is not None
+    assert torch.equal(A, torch.zeros(4, 8, 9))
+    assert torch.equal(G, torch.zeros(4, 8, 9))
+
+
+def test_tf32_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch allows tf32, products have its 10 bits of mantissa; where not, those of float32."""
+    x, grad = torch.randn(50, 24), torch.randn(50, 16)
+    oracle = grad.double().t().mm(x.double())
+    errors = {}
+    for allowed in (False, True):
+        monkeypatch.setattr(correlate, "takes_tf32", lambda _, allowed=allowed: allowed)
+        _, G = sums(x, None, grad, None, None, SOFTMAX.competition(16))
+        assert G is not None
+        errors[allowed] = ((G.view_as(oracle) - oracle).abs().max() / oracle.abs().max()).item()
+    assert errors[False] < 1e-6
+    assert 1e-6 < errors[True] < 2e-3
+
+
+def test_missing_state_is_computed(cuda: ModuleType) -> None:
+    """state None, where one tile does not hold all units: the competition's kernel makes it."""
+    if not hasattr(cuda, "compete"):
+        pytest.skip("the family compete is not in this build")
+    for rule in (SOFTMAX, HebbianRule(winners=5)):
+        x, u = torch.randn(40, 16).bfloat16(), torch.randn(40, 72).bfloat16()
+        assert not correlate.state_here(responses(u, 1), 1, rule.competition(72))
+        A, _ = sums(x, u, None, None, None, rule.competition(72))
+        assert_is(A, reference.compete(u.double(), rule, 1), x, (72, 16), None)
+
+
+def test_failures_name_the_shape(cuda: ModuleType) -> None:
+    """A launcher that cannot run says what it was asked for."""
+    arguments: dict[str, Any] = {"batch": 9, "channels": 8, "dtype": 1, "x": 16, "x_stride_batch": 8}
+    arguments |= {"x_stride_channel": 1, "units": 72, "result_layout": (8, 1, 1), "result_channels": 8}
+    arguments |= {"a": 16, "device": 0, "stream": 0}
+    shape = "A of 72 units over 1 taps of 8 channels in 1 groups at 9 positions, bfloat16"
+    with pytest.raises(RuntimeError, match=f"{shape}: a result without its input"):
+        cuda.pair(**arguments)
+    arguments |= {"u": 16, "u_layout": (1, 72, 0, 1)}
+    with pytest.raises(RuntimeError, match=f"{shape}: the softmax's state is not given"):
+        cuda.pair(**arguments)
+    with pytest.raises(RuntimeError, match=f"{shape}: the wgmma form does not take this shape"):
+        cuda.pair(**arguments, form=2)
+
+
+def test_too_little_memory_says_for_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the bytes and the layer's shape."""
+    x, u = torch.randn(1100, 24), torch.randn(1100, 40)
+    state = state_of(u, SOFTMAX.competition(40))
+    empty = torch.empty
+
+    def full(*size: Any, **options: Any) -> Tensor:
+        if len(size[0]) == 1:
+            raise torch.OutOfMemoryError("full")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(torch.OutOfMemoryError, match=r"workspace of \d+ MiB .* 40 units over 24 inputs"):
+        sums(x, u, None, None, state, SOFTMAX.competition(40))
+
+
+@pytest.mark.parametrize("shared_limit", LARGEST_BLOCKS.values(), ids=LARGEST_BLOCKS.keys())
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("columns", [27, 128, 129, 576, 36864])
+def test_plan_fits_the_device(cuda: ModuleType, shared_limit: int, itemsize: int, columns: int) -> None:
+    """The ring of tiles fits shared memory, three narrow blocks to a multiprocessor."""
+    plan = cuda.pair_plan(
+        units=96,
+        columns=columns,
+        positions=10**6,
+        results=2,
+        itemsize=itemsize,
+        multiprocessors=108,
+        shared_limit=shared_limit,
+    )
+    assert 3 <= plan["stages"] <= 5
+    assert plan["shared"] <= shared_limit
+    assert plan["wide"] == (columns > 128)
+
+
+@pytest.mark.parametrize("results", [1, 2])
+@pytest.mark.parametrize(
+    ("units", "columns", "positions"),
+    [(64, 576, 200704), (96, 2400, 131072), (256, 64, 802816), (512, 4608, 25088), (4096, 4096, 8192)],
+)
+def test_plan_fills_the_device(
+    cuda: ModuleType, units: int, columns: int, positions: int, results: int
+) -> None:
+    """Parts cover the positions, their workspace stays within 32 MiB, and little of the device waits."""
+    plan = cuda.pair_plan(
+        units=units, columns=columns, positions=positions, results=results, itemsize=2, **H200
+    )
+    parts, part_steps, steps = plan["parts"], plan["part_steps"], positions // 32
+    assert parts * part_steps >= steps > (parts - 1) * part_steps
+    assert plan["workspace"] <= 32 << 20
+    resident = 132 * plan["resident"]
+    waves = plan["whole_tiles"] / resident
+    if plan["split_tiles"]:
+        waves = -(-plan["whole_tiles"] // resident) - (-plan["split_tiles"] * parts // resident) / parts
+    work = (plan["whole_tiles"] + plan["split_tiles"]) / resident
+    assert work > 0.8 * waves

@@ -1,0 +1,125 @@
+"""The Hopper pair kernel as nvcc compiles it: budgets, and the instructions that it is about."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KERNELS = {"bf16": "F32.BF16", "f16": "F32"}
+REGISTERS = 65536 // 384 // 8 * 8  # of a thread, as the block starts
+CONSUMER_REGISTERS = 224  # after setmaxnreg
+
+
+def tool(name: str, *folders: Path) -> Path:
+    found = shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
+    if found is None:
+        pytest.skip(f"needs {name}")
+    return Path(found)
+
+
+def cuobjdump() -> Path:
+    triton = find_spec("triton")
+    folders = [Path(p) / "backends/nvidia/bin" for p in (triton and triton.submodule_search_locations) or []]
+    return tool("cuobjdump", *folders)
+
+
+def compiled(target: Path, *flags: str) -> str:
+    """What ptxas says of the file, compiled with warnings as errors."""
+    nvcc = tool("nvcc", Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
+    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+    options = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-c", *include, *flags]
+    command = [nvcc, *options, ROOT / "csrc/cuda/pair_sm90.cu", "-o", target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def for_archs(*archs: str) -> list[str]:
+    return [flag for arch in archs for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, list[str]]]:
+    """ptxas's report, and the instructions of each kernel."""
+    target = tmp_path_factory.mktemp("sm90") / "pair_sm90.o"
+    report = compiled(target, *for_archs("90a"))
+    dump = subprocess.run([cuobjdump(), "-sass", target], capture_output=True, text=True, check=True).stdout
+    kernels: dict[str, list[str]] = {}
+    for function in dump.split("Function : ")[1:]:
+        name, _, body = function.partition("\n")
+        dtype = re.search(r"pair_kernel.*?\d(bf16|f16)E", name)
+        kernels[dtype[1] if dtype else name] = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", body, re.M)
+    return report, kernels
+
+
+def test_budgets(hopper: tuple[str, dict[str, list[str]]]) -> None:
+    report, _ = hopper
+    used = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
+    assert len(used) == 3
+    assert max(used) <= REGISTERS
+    spilled = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+    )
+    assert set(spilled) == {("0", "0", "0")}
+
+
+def test_ptxas_serializes_nothing(hopper: tuple[str, dict[str, list[str]]]) -> None:
+    report, _ = hopper
+    assert "C75" not in report
+    assert "serializ" not in report.lower()
+
+
+@pytest.mark.parametrize("dtype", KERNELS)
+def test_instructions(hopper: tuple[str, dict[str, list[str]]], dtype: str) -> None:
+    _, kernels = hopper
+    count = Counter(word for line in kernels[dtype] for word in line.split() if "." in word)
+    # softmax, any activity, and the gradient: four steps of a stage each
+    assert count[f"HGMMA.64x256x16.{KERNELS[dtype]}"] == 12
+    for copy in ("UTMALDG.2D", "UTMALDG.4D.IM2COL", "UTMALDG.5D.IM2COL"):
+        assert count[copy] > 0
+        assert count[f"{copy}.MULTICAST"] > 0
+    assert sum(word.startswith("USETMAXREG") for word in count) == 2
+    highest = max(int(number) for line in kernels[dtype] for number in re.findall(r"\bR(\d+)\b", line))
+    assert highest < CONSUMER_REGISTERS
+
+
+def registers(operand: str, count: int) -> set[int]:
+    first = re.fullmatch(r"R(\d+)", operand)
+    return set(range(int(first[1]), int(first[1]) + count)) if first else set()
+
+
+@pytest.mark.parametrize("dtype", KERNELS)
+def test_nothing_touches_registers_that_wgmma_uses(
+    hopper: tuple[str, dict[str, list[str]]], dtype: str
+) -> None:
+    _, kernels = hopper
+    busy: set[int] = set()
+    waits = 0
+    for line in kernels[dtype]:
+        if "HGMMA" in line:
+            target, left = re.search(r"HGMMA\S+ (R\d+), ([^,]+),", line).groups()  # type: ignore[union-attr]
+            busy |= registers(target, 128) | registers(left, 4)
+        elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line:
+            waits += bool(busy)
+            busy = set()
+        else:
+            touched = {int(number) for number in re.findall(r"\bR(\d+)\b", line)}
+            assert not touched & busy, line
+    assert waits == 3
+
+
+def test_compiles_for_others(tmp_path: Path) -> None:
+    compiled(tmp_path / "others.o", *for_archs("80", "100"))
+
+
+@pytest.mark.slow
+def test_compiles_with_bounded_waits(tmp_path: Path) -> None:
+    compiled(tmp_path / "debug.o", *for_archs("90a"), "-DGHL_DEBUG_WAITS")
