@@ -111,10 +111,10 @@ class BuildPackage(build_py):
 
 
 class BuildNative(build_ext):
-    """Runs CMake and ninja in a folder of its own under build/, which later builds reuse."""
+    """Runs CMake and ninja once for all modules, in a folder under build/ that later builds reuse."""
 
-    def build_extension(self, ext: Extension) -> None:
-        folder = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+    def build_extensions(self) -> None:
+        folder = Path(self.get_ext_fullpath(self.extensions[0].name)).parent.resolve()
         build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,10 @@ for kernels, reason in (("native CPU", NOT_NATIVE), ("CUDA", NOT_CUDA)):
         print(f"{PACKAGE}: installing without the {kernels} kernels, because {reason}", file=sys.stderr)
 
 setup(
-    # one extension stands for all modules, which one run of CMake builds
-    ext_modules=[] if NOT_NATIVE and NOT_CUDA else [Extension(f"{PACKAGE}._native_modules", sources=[])],
+    ext_modules=[
+        Extension(f"{PACKAGE}.{name}", sources=[])
+        for name, reason in (("_cpu", NOT_NATIVE), ("_cuda", NOT_CUDA))
+        if not reason
+    ],
     cmdclass={"build_py": BuildPackage, "build_ext": BuildNative},
 )

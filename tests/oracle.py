@@ -82,7 +82,7 @@ def judge_delta(
 
 def operand_rounding(dtype: torch.dtype) -> float:
     """Relative error of an activity as the operand of a product: tensor cores take it in x's dtype."""
-    on_tensor_cores = _dispatch._PREFERENCE["cpu"][0] == "triton" and dtype.itemsize == 2
+    on_tensor_cores = _dispatch._PREFERENCE["cpu"][0] in ("triton", "cuda") and dtype.itemsize == 2
     return torch.finfo(dtype).eps / 2 if on_tensor_cores else 0.0
 
 

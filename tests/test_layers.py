@@ -73,9 +73,9 @@ def judge_layer(
         arguments = {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
         x = padded_input(layer, x)
         u, grad_u = (t if t.dim() == x.dim() else t.unsqueeze(0) for t in (u, grad_u))
-    x, grad_u = x.detach().double(), grad_u.double()
-    G = delta(x, grad_u, weight.double(), G_RULE, **arguments)
-    magnitude = delta(x.abs(), grad_u.abs(), weight.double(), G_RULE, **arguments)
+    exact, grad_u = x.detach().double(), grad_u.double()
+    G = delta(exact, grad_u, weight.double(), G_RULE, **arguments)
+    magnitude = delta(exact.abs(), grad_u.abs(), weight.double(), G_RULE, **arguments)
     return judge_delta(delta, x, u, weight, rule, dim, **arguments), G, magnitude
 
 

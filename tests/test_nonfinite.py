@@ -209,7 +209,7 @@ def test_softmax_does_not_overflow(backend: str) -> None:
         y = functional.compete(u, rule)
         assert y.isfinite().all()
         expected = reference.compete(u.double(), rule).float()
-        if backend == "triton":
+        if backend in ("triton", "cuda"):
             # a logsumexp in one float32 number is exact to as many roundings as it is large
             torch.testing.assert_close(y[:1], expected[:1], rtol=1e4 * torch.finfo(u.dtype).eps, atol=1e-7)
         else:
