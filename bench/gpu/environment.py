@@ -30,6 +30,7 @@ def run(this: Stage) -> None:
         error = this.attempt(f"probe {name}", probe)
         if error is not None:
             this.add("probes", {"probe": name, "error": error, "works": error <= limit})
+    this.attempt("probes of sm_90", lambda: _probe_hopper(this))
 
 
 def _machine(this: Stage) -> dict[str, Any]:
@@ -93,6 +94,19 @@ def _probes(device: torch.device) -> dict[str, tuple[Callable[[], float], float]
         found["mm of bf16 to float32"] = (lambda: probes.mm_float32(device), SUMMED)
         found["CUDA graph"] = (lambda: _replayed(device), EXACT)
     return found
+
+
+def _probe_hopper(this: Stage) -> None:
+    """Every instruction of sm_90 that the CUDA backend uses, each in a kernel of its own."""
+    if this.dry or torch.cuda.get_device_capability() != (9, 0):
+        this.absent("probes of sm_90", "a dry run has none" if this.dry else "this is another GPU")
+        return
+    from bench.gpu import probes
+
+    for name, problem in probes.hopper(this.out):
+        this.add("probes", {"probe": name, "works": not problem, "problem": problem})
+        if problem:
+            this.errors.append(f"probe {name}: {problem}")
 
 
 def _compiled_softmax(device: torch.device) -> float:
