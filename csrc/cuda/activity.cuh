@@ -17,10 +17,10 @@ struct Competition {
 
 // What is known of a position. Where its u holds a NaN, threshold and logsumexp are NaN.
 struct PositionState {
-  float threshold;   // the winners-th largest u; without winners 0, or NaN, the mark of a bad position
-  int32_t cut;       // last unit that wins a tie at the threshold
-  float logsumexp;   // of u / temperature over the winners
-  int32_t first;     // unit of the largest u
+  float threshold;  // the winners-th largest u; without winners 0, or NaN, the mark of a bad position
+  int32_t cut;      // last unit that wins a tie at the threshold
+  float logsumexp;  // of u / temperature over the winners
+  int32_t first;    // unit of the largest u
 };
 
 // The state in memory, [positions] each; a field that the competition does not need is null.
@@ -47,7 +47,8 @@ __device__ __forceinline__ PositionState load_state(const StatePointers& state, 
   return at;
 }
 
-// exp(u / temperature - logsumexp). Not u * (scale * log2(e)), which overflows where u / temperature does not.
+// exp(u / temperature - logsumexp). Not u * (scale * log2(e)), which overflows where u / temperature does
+// not.
 __device__ __forceinline__ float softmax_of(float u, float scale, float logsumexp) {
   constexpr float kLog2e = 1.4426950408889634f;
   return ptx::ex2_approx_ftz_f32((u * scale - logsumexp) * kLog2e);
@@ -61,7 +62,8 @@ __device__ __forceinline__ float activity_of(float u, int32_t unit, const Positi
   if (competition.activity == Activity::relu) y = u > 0.0f ? u : 0.0f;
   if (competition.selects) y = u > at.threshold || (u == at.threshold && unit <= at.cut) ? y : 0.0f;
   if (competition.anti) y = unit == at.first ? y : -y;
-  // comparisons with NaN are false and would hide it; a logsumexp of NaN shows by itself, in the winners alone
+  // comparisons with NaN are false and would hide it; a logsumexp of NaN shows by itself, in the winners
+  // alone
   return at.threshold != at.threshold ? __int_as_float(0x7fffffff) : y;
 }
 

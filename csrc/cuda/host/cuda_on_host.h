@@ -4,7 +4,7 @@
 // Modelled: blocks, warps, barriers, shuffles, votes and reductions of a warp, shared memory, integer
 // atomics, and the sm_80 instructions of ptx.h, with cp.async really asynchronous: the bytes arrive when the
 // thread waits for their group, not before. Not modelled: time, bank conflicts, the weakness of the memory
-// model, clusters, anything between two blocks.
+// model, anything between two blocks. Clusters and the instructions of sm_90: cluster.h and ptx_sm90.h.
 //
 // A kernel that deadlocks, names an exited lane, or reads a lane outside the mask raises std::runtime_error
 // from launch(). Races show under ThreadSanitizer, which knows the fibers, or by a different schedule().
