@@ -149,6 +149,16 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
     return _load("eager")
 
 
+def select_with(operation: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """As select(), but ``auto`` takes the first backend that has an operation which only some have."""
+    if is_automatic():
+        for name in _PREFERENCE.get(device.type, ()):
+            module = _load(name)
+            if hasattr(module, operation) and not module.refusal(device, dtype):
+                return module
+    return select(device, dtype)
+
+
 def _check_available(name: str) -> None:
     if name == "auto":
         return

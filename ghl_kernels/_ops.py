@@ -437,7 +437,7 @@ def _gated_sgd_(
     for fields in zip(weights, grads, A, moments, buffers, begins, *rules, strict=True):
         layer = Stepped(*fields)
         _guard_step(layer)
-        module = _dispatch.select(layer.weight.device, layer.weight.dtype)
+        module = _dispatch.select_with("fused_sgd_", layer.weight.device, layer.weight.dtype)
         by_backend.setdefault(module, []).append(layer)
     options = SGDOptions(lr, momentum, dampening, weight_decay, nesterov, maximize)
     for module, members in by_backend.items():

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -284,3 +285,17 @@ def test_devices_that_were_not_measured_are_dense() -> None:
 def test_crossovers_are_fractions() -> None:
     assert set(_dispatch._CROSSOVER) == {(device, kind) for device in ("cpu", "cuda") for kind in KINDS}
     assert all(0.0 <= limit <= 1.0 for limit in _dispatch._CROSSOVER.values())
+
+
+def test_an_operation_that_few_backends_have_is_theirs_in_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_it = SimpleNamespace(refusal=lambda device, dtype: "", fused_sgd_=lambda: None)
+    refuses = SimpleNamespace(refusal=lambda device, dtype: "no", fused_sgd_=lambda: None)
+    lacks_it = SimpleNamespace(refusal=lambda device, dtype: "")
+    modules = {"lacks it": lacks_it, "refuses": refuses, "has it": has_it}
+    monkeypatch.setattr(_dispatch, "_load", modules.__getitem__)
+    monkeypatch.setattr(_dispatch, "_PREFERENCE", {"cpu": tuple(modules)})
+    device = torch.device("cpu")
+    assert _dispatch.select(device, torch.float32) is lacks_it
+    assert _dispatch.select_with("fused_sgd_", device, torch.float32) is has_it
+    monkeypatch.setattr(_dispatch, "_PREFERENCE", {"cpu": ("lacks it",)})
+    assert _dispatch.select_with("fused_sgd_", device, torch.float32) is lacks_it
