@@ -42,6 +42,22 @@ inline void copy(const Triple& source, int64_t (&target)[3]) {
   for (int d = 0; d < 3; ++d) target[d] = source[d];
 }
 
+inline ConvGeometry geometry(int64_t batch, int64_t channels, int64_t groups, const Triple& in_size,
+                             const Triple& out_size, const Triple& kernel, const Triple& stride,
+                             const Triple& padding, const Triple& dilation) {
+  ConvGeometry result;
+  result.batch = batch;
+  result.channels = channels;
+  result.groups = groups;
+  copy(in_size, result.in_size);
+  copy(out_size, result.out_size);
+  copy(kernel, result.kernel);
+  copy(stride, result.stride);
+  copy(padding, result.padding);
+  copy(dilation, result.dilation);
+  return result;
+}
+
 inline void raise_failure(const Status& status) {
   if (!status.ok) throw std::runtime_error(status.message);
 }

@@ -11,6 +11,7 @@ namespace {
 using ghl::binding::copy;
 using ghl::binding::enumerator;
 using ghl::binding::filters;
+using ghl::binding::geometry;
 using ghl::binding::layout;
 using ghl::binding::pointer;
 using ghl::binding::Triple;
@@ -62,15 +63,7 @@ ghl::CorrelateParams correlate_params(int64_t batch, int64_t channels, int64_t g
                                       int64_t a_stride_unit, int64_t a_stride_channel, int64_t a_stride_tap,
                                       uintptr_t activity_sum, uintptr_t workspace) {
   ghl::CorrelateParams params;
-  params.geometry.batch = batch;
-  params.geometry.channels = channels;
-  params.geometry.groups = groups;
-  copy(in_size, params.geometry.in_size);
-  copy(out_size, params.geometry.out_size);
-  copy(kernel, params.geometry.kernel);
-  copy(stride, params.geometry.stride);
-  copy(padding, params.geometry.padding);
-  copy(dilation, params.geometry.dilation);
+  params.geometry = geometry(batch, channels, groups, in_size, out_size, kernel, stride, padding, dilation);
   params.winner_unit = pointer<const int32_t>(winner_unit);
   params.winner_activity = pointer<const float>(winner_activity);
   params.winners = winners;

@@ -17,6 +17,18 @@ inline DType gpu_dtype(const char* name, int value) { return enumerator(name, va
 
 inline Stream stream_of(int device, uintptr_t handle) { return {device, pointer<void>(handle)}; }
 
+// A function name(build(fields...), stream), as a launcher and the query of its workspace both are.
+template <class Call, class Params, class... Fields, class... Arguments>
+void define_call(py::module_& module, const char* name, Params (*build)(Fields...), Call call,
+                 const Arguments&... arguments) {
+  module.def(
+      name,
+      [build, call](Fields... fields, int device, uintptr_t stream) {
+        return call(build(fields...), stream_of(device, stream));
+      },
+      py::kw_only(), arguments..., py::arg("device"), py::arg("stream"));
+}
+
 // Queues the kernels of a launcher without holding the interpreter's lock.
 template <class Params>
 void queue(Status (*launcher)(const Params&, Stream), const Params& params, Stream stream) {

@@ -16,15 +16,7 @@ CorrelateParams sparse_params(int64_t batch, int64_t channels, int64_t groups, c
                               int64_t units, uintptr_t a, const Triple& a_layout, uintptr_t activity_sum,
                               uintptr_t workspace) {
   CorrelateParams params;
-  params.geometry.batch = batch;
-  params.geometry.channels = channels;
-  params.geometry.groups = groups;
-  copy(in_size, params.geometry.in_size);
-  copy(out_size, params.geometry.out_size);
-  copy(kernel, params.geometry.kernel);
-  copy(stride, params.geometry.stride);
-  copy(padding, params.geometry.padding);
-  copy(dilation, params.geometry.dilation);
+  params.geometry = geometry(batch, channels, groups, in_size, out_size, kernel, stride, padding, dilation);
   params.winner_unit = pointer<const int32_t>(winner_unit);
   params.winner_activity = pointer<const float>(winner_activity);
   params.winners = winners;
@@ -43,24 +35,17 @@ CorrelateParams sparse_params(int64_t batch, int64_t channels, int64_t groups, c
   return params;
 }
 
-// The launcher and its workspace query take the same arguments.
-template <class Call, class... Fields>
-void define_as(py::module_& module, const char* name, CorrelateParams (*build)(Fields...), Call call) {
-  module.def(
-      name,
-      [build, call](Fields... fields, int device, uintptr_t stream) {
-        return call(build(fields...), stream_of(device, stream));
-      },
-      py::kw_only(), "batch"_a, "channels"_a, "groups"_a, "in_size"_a, "out_size"_a, "kernel"_a, "stride"_a,
-      "padding"_a, "dilation"_a, "winner_unit"_a, "winner_activity"_a, "winners"_a, "x"_a, "x_dtype"_a,
-      "x_stride_batch"_a, "x_stride_channel"_a, "x_stride"_a, "units"_a, "a"_a = 0, "a_layout"_a,
-      "activity_sum"_a = 0, "workspace"_a = 0, "device"_a, "stream"_a);
-}
-
 void define(py::module_& module) {
-  define_as(module, "sparse", sparse_params,
+  const auto define_as = [&](const char* name, auto call) {
+    define_call(module, name, sparse_params, call, "batch"_a, "channels"_a, "groups"_a, "in_size"_a,
+                "out_size"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "winner_unit"_a,
+                "winner_activity"_a, "winners"_a, "x"_a, "x_dtype"_a, "x_stride_batch"_a,
+                "x_stride_channel"_a, "x_stride"_a, "units"_a, "a"_a = 0, "a_layout"_a, "activity_sum"_a = 0,
+                "workspace"_a = 0);
+  };
+  define_as("sparse",
             [](const CorrelateParams& params, Stream stream) { queue(sparse_cuda, params, stream); });
-  define_as(module, "sparse_workspace", sparse_params,
+  define_as("sparse_workspace",
             [](const CorrelateParams& params, Stream) { return sparse_cuda_workspace(params); });
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from ghl_kernels import _native
 from ghl_kernels.backends.cuda.kernels.arguments import ACTIVITY, DTYPE, address, state_addresses, stream_of
-from ghl_kernels.backends.gpu.layout import Responses, responses
-from ghl_kernels.backends.gpu.state import State, needs
+from ghl_kernels.backends.gpu import competition
+from ghl_kernels.backends.gpu.layout import Responses
+from ghl_kernels.backends.gpu.state import State
 from ghl_kernels.rule import Competition
 
 
@@ -68,49 +70,10 @@ def _compete(
     )
 
 
-def state(u: Responses, competition: Competition) -> State:
-    """The state of every position, those fields that state.needs names; each (P,)."""
-    dtypes = (torch.float32, torch.int32, torch.float32, torch.int32)
-    fields = State(
-        *(
-            u.tensor.new_empty(u.positions, dtype=dtype) if needed else None
-            for needed, dtype in zip(needs(competition), dtypes, strict=True)
-        )
-    )
-    _compete(u, competition, **fields._asdict())
-    return fields
-
-
-def full_state(u: Responses, competition: Competition) -> tuple[Tensor, Tensor, Tensor]:
-    """(threshold, cut, logsumexp over the winners), each (P,), whatever the activity; 0 winners: all win.
-
-    NaN in u: threshold and logsumexp are NaN, cut is -1.
-    """
-    threshold = u.tensor.new_empty(u.positions, dtype=torch.float32)
-    logsumexp = torch.empty_like(threshold)
-    cut = u.tensor.new_empty(u.positions, dtype=torch.int32)
-    everything = Competition("softmax", competition.winners or u.units, competition.temperature, False)
-    _compete(u, everything, keeps_infinity=True, threshold=threshold, cut=cut, logsumexp=logsumexp)
-    return threshold, cut, logsumexp
-
-
-def activities(u: Tensor, dim: int, competition: Competition, dtype: torch.dtype) -> Tensor:
-    """y = c(u) in ``dtype``, u's or float32; shape and layout of u; units along ``dim``."""
-    y = torch.empty_like(u, dtype=dtype)
-    source, target = responses(u, dim), responses(y, dim)
-    if source.inner != target.inner and min(source.inner, target.inner) > 1:
-        source = responses(u.contiguous(), dim)
-        target = responses(torch.empty(u.shape, dtype=dtype, device=u.device), dim)
-    _compete(source, competition, target)
-    return y if target.tensor is y else y.copy_(target.tensor)
-
-
-def winner_lists(u: Responses, competition: Competition) -> tuple[Tensor, Tensor]:
-    """(unit int32, activity float32), (P, k): the winners in ascending order; NaN in u: the first is -1."""
-    unit = u.tensor.new_empty((u.positions, competition.winners), dtype=torch.int32)
-    listed = u.tensor.new_empty(unit.shape, dtype=torch.float32)
-    _compete(u, competition, winner_unit=unit, winner_activity=listed)
-    return unit, listed
+state = functools.partial(competition.state, _compete)
+full_state = functools.partial(competition.full_state, _compete)
+activities = functools.partial(competition.activities, _compete)
+winner_lists = functools.partial(competition.winner_lists, _compete)
 
 
 def activity_sums(u: Responses, state: State, competition: Competition) -> Tensor:

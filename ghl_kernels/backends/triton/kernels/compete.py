@@ -6,15 +6,15 @@ along whichever of the two is contiguous in memory, so that rows, channels_last 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ghl_kernels.backends.gpu.layout import Responses, responses
-from ghl_kernels.backends.gpu.state import State, needs
+from ghl_kernels.backends.gpu import competition
+from ghl_kernels.backends.gpu.layout import Responses
 from ghl_kernels.backends.triton.arch import of as arch_of
 from ghl_kernels.backends.triton.kernels import activity, select
 from ghl_kernels.backends.triton.kernels.activity_sums import activity_sums
@@ -202,7 +202,7 @@ def _compete(
     u: Responses,
     competition: Competition,
     y: Responses | None = None,
-    poisons: bool = True,
+    keeps_infinity: bool = False,
     **outputs: Any,
 ) -> None:
     """Write y and those outputs of the kernel, tensors by name, that are given."""
@@ -227,7 +227,7 @@ def _compete(
         **source.strides("u_"),
         **(target or source).strides("y_"),
         **activity.constants(competition),
-        POISONS=poisons,
+        POISONS=not keeps_infinity,
         BP=tile.positions,
         BN=tile.units,
         WHOLE=tile.whole,
@@ -237,46 +237,7 @@ def _compete(
     )
 
 
-def state(u: Responses, competition: Competition) -> State:
-    """The state of every position, those fields that state.needs names; each (P,)."""
-    dtypes = (torch.float32, torch.int32, torch.float32, torch.int32)
-    fields = State(
-        *(
-            u.tensor.new_empty(u.positions, dtype=dtype) if needed else None
-            for needed, dtype in zip(needs(competition), dtypes, strict=True)
-        )
-    )
-    _compete(u, competition, **fields._asdict())
-    return fields
-
-
-def full_state(u: Responses, competition: Competition) -> tuple[Tensor, Tensor, Tensor]:
-    """(threshold, cut, logsumexp over the winners), each (P,), whatever the activity; 0 winners: all win.
-
-    NaN in u: threshold and logsumexp are NaN, cut is -1.
-    """
-    threshold = u.tensor.new_empty(u.positions, dtype=torch.float32)
-    logsumexp = torch.empty_like(threshold)
-    cut = u.tensor.new_empty(u.positions, dtype=torch.int32)
-    everything = Competition("softmax", competition.winners or u.units, competition.temperature, False)
-    _compete(u, everything, poisons=False, threshold=threshold, cut=cut, logsumexp=logsumexp)
-    return threshold, cut, logsumexp
-
-
-def activities(u: Tensor, dim: int, competition: Competition, dtype: torch.dtype) -> Tensor:
-    """y = c(u) in ``dtype``, shape and layout of u; units along ``dim``."""
-    y = torch.empty_like(u, dtype=dtype)
-    source, target = responses(u, dim), responses(y, dim)
-    if source.inner != target.inner and min(source.inner, target.inner) > 1:
-        source = responses(u.contiguous(), dim)
-        target = responses(torch.empty(u.shape, dtype=dtype, device=u.device), dim)
-    _compete(source, competition, target)
-    return y if target.tensor is y else y.copy_(target.tensor)
-
-
-def winner_lists(u: Responses, competition: Competition) -> tuple[Tensor, Tensor]:
-    """(unit int32, activity float32), (P, k): the winners in ascending order; NaN in u: the first is -1."""
-    unit = u.tensor.new_empty((u.positions, competition.winners), dtype=torch.int32)
-    listed = u.tensor.new_empty(unit.shape, dtype=torch.float32)
-    _compete(u, competition, winner_unit=unit, winner_activity=listed)
-    return unit, listed
+state = functools.partial(competition.state, _compete)
+full_state = functools.partial(competition.full_state, _compete)
+activities = functools.partial(competition.activities, _compete)
+winner_lists = functools.partial(competition.winner_lists, _compete)
