@@ -12,6 +12,7 @@ import pathlib
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -81,6 +82,10 @@ def test_a_stage_that_hangs_is_ended_with_its_children(check: Any, tmp_path: pat
     child = (tmp_path / "hang.log").read_text().strip()
     assert check.problems == [f"hang: out of time: {child}"]
     status = pathlib.Path(f"/proc/{child}/status")
+    # a process that was killed may still be there for a moment
+    end = time.monotonic() + 10
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < end:
+        time.sleep(0.05)
     assert not status.exists() or "State:\tZ" in status.read_text()
 
 

@@ -37,7 +37,9 @@ def compiled(target: Path, *flags: str) -> str:
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
     options = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-c", *include, *flags]
     command = [nvcc, *options, ROOT / "csrc/cuda/pair_sm90.cu", "-o", target]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # a sanitizer that is loaded into Python would be loaded into the compiler too
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -116,6 +118,7 @@ def test_nothing_touches_registers_that_wgmma_uses(
     assert waits == 3
 
 
+@pytest.mark.slow
 def test_compiles_for_others(tmp_path: Path) -> None:
     compiled(tmp_path / "others.o", *for_archs("80", "100"))
 

@@ -68,7 +68,7 @@ def test_an_old_gpu(gpu: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.INFO, "ghl_kernels"):
         for _ in range(3):
             assert _dispatch.select(CUDA, torch.float32).__name__.endswith("eager")
-    assert [reason in message for message in caplog.messages] == [True]
+    assert [reason in message for message in caplog.messages if "'triton'" in message] == [True]
     with pytest.raises(RuntimeError, match=reason):
         ghl.use_backend("triton")
 
