@@ -126,9 +126,9 @@ Plan make_plan(const CorrelateParams& params) {
   for (int d = 0; d < 3; ++d) plan.x_stride[d] = params.x_stride[d];
   fold_strides(&plan.geometry, plan.x_stride);
   const ConvGeometry& g = plan.geometry;
-  plan.taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
+  plan.taps = g.taps();
   plan.positions = g.out_size[0] * g.out_size[1] * g.out_size[2];
-  plan.group_channels = g.channels / g.groups;
+  plan.group_channels = g.group_channels();
   plan.group_units = params.units / g.groups;
   choose_block(params, &plan);
 
@@ -505,10 +505,10 @@ bool no_positions(const ConvGeometry& g) {
 
 void fill(const CorrelateParams& params, float value) {
   const ConvGeometry& g = params.geometry;
-  const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
+  const int64_t taps = g.taps();
   for (int64_t n = 0; n < params.units; ++n) {
     if (params.activity_sum != nullptr) params.activity_sum[n] = value;
-    for (int64_t c = 0; c < g.channels / g.groups; ++c) {
+    for (int64_t c = 0; c < g.group_channels(); ++c) {
       float* const a = params.a + n * params.a_stride_unit + c * params.a_stride_channel;
       for (int64_t t = 0; t < taps; ++t) a[t * params.a_stride_tap] = value;
     }

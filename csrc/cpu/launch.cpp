@@ -102,8 +102,6 @@ bool spatial_sizes_fit(const ConvGeometry& g) {
   return true;
 }
 
-int64_t rows(const ConvGeometry& g) { return g.batch * g.out_size[0] * g.out_size[1] * g.out_size[2]; }
-
 Problem check_sizes(const CorrelateParams& p, int threads) {
   const ConvGeometry& g = p.geometry;
   if (threads < 1) return "threads must be at least 1";
@@ -121,7 +119,7 @@ Problem check_sizes(const CorrelateParams& p, int threads) {
 
 Problem check_memory(const CorrelateParams& p, int threads) {
   if (p.a == nullptr || !aligned(p.a, 4)) return "a is null or not aligned";
-  if (rows(p.geometry) > 0) {
+  if (p.geometry.positions() > 0) {
     if (p.winner_unit == nullptr || p.winner_activity == nullptr) return "a winner list is null";
     if (p.x == nullptr || !aligned(p.x, p.x_dtype)) return "x is null or not aligned";
   }

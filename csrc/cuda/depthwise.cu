@@ -256,8 +256,8 @@ Status make_plan(const PairParams& params, int device, Plan& plan) {
   plan.vectors = takes_vectors(params);
   plan.results = (params.a != nullptr) + (params.g != nullptr);
   plan.width = width_of(params, plan.vectors);
-  plan.positions = positions_of(params.geometry);
-  plan.taps = taps_of(params.geometry);
+  plan.positions = params.geometry.positions();
+  plan.taps = params.geometry.taps();
   plan.unit_blocks = divide_up<int64_t>(params.units, plan.width * (plan.vectors ? kVector : 1));
   plan.tap_blocks = divide_up<int64_t>(plan.taps, kTaps);
   plan.taps_of_block = divide_up(plan.taps, plan.tap_blocks);
@@ -276,13 +276,13 @@ Status make_plan(const PairParams& params, int device, Plan& plan) {
 }
 
 bool is_empty(const PairParams& params) {
-  return params.units == 0 || taps_of(params.geometry) == 0 || !(params.a || params.g);
+  return params.units == 0 || params.geometry.taps() == 0 || !(params.a || params.g);
 }
 
 std::string describe(const PairParams& params) {
   return "depthwise correlation of " + std::to_string(params.units) + " units over " +
-         std::to_string(taps_of(params.geometry)) + " taps at " +
-         std::to_string(positions_of(params.geometry)) + " positions";
+         std::to_string(params.geometry.taps()) + " taps at " + std::to_string(params.geometry.positions()) +
+         " positions";
 }
 
 bool lacks_state(const PairParams& params) {
@@ -344,7 +344,7 @@ int64_t depthwise_cuda_workspace(const PairParams& params, int device) {
 Status depthwise_cuda(const PairParams& params, Stream stream) {
   if (is_empty(params)) return {};
   const std::string what = describe(params);
-  if (positions_of(params.geometry) > 0 && lacks_state(params))
+  if (params.geometry.positions() > 0 && lacks_state(params))
     return Status::failure(what + ": the state that its activity needs is missing");
   DepthwiseParams kernel{};
   Status status = make_plan(params, stream.device, kernel.plan);

@@ -707,7 +707,7 @@ Access access_of(const Responses& responses, int64_t group_units, int64_t positi
 bool x_has_vectors(const PairParams& params, int64_t vector) {
   const ConvGeometry& geometry = params.geometry;
   bool aligned = is_aligned(params.x) && params.x_stride_channel == 1;
-  aligned = aligned && pair_group_channels(params) % vector == 0;
+  aligned = aligned && params.geometry.group_channels() % vector == 0;
   aligned = aligned && (geometry.batch <= 1 || params.x_stride_batch % vector == 0);
   for (int d = 0; d < 3; ++d) {
     aligned = aligned && (geometry.in_size[d] <= 1 || params.x_stride[d] % vector == 0);
@@ -730,9 +730,9 @@ int itemsize_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 PairPlan plan_of(const PairParams& params, const DeviceInfo& info) {
   const PairProblem problem{params.units / params.geometry.groups,
-                            pair_taps(params) * pair_group_channels(params),
+                            params.geometry.taps() * params.geometry.group_channels(),
                             params.geometry.groups,
-                            pair_positions_of(params),
+                            params.geometry.positions(),
                             pair_results(params),
                             itemsize_of(params.dtype)};
   return pair_plan(problem, info.multiprocessors, info.shared_limit);
@@ -747,14 +747,14 @@ bool can_make_state(const PairParams& params) {
   const int64_t vector = 16 / itemsize_of(params.dtype);
   return params.activity == Activity::softmax && !params.selects && !params.anti &&
          params.geometry.groups == 1 && params.units <= kPairHalf &&
-         access_of(params.u, params.units, pair_positions_of(params), vector) == Access::rows;
+         access_of(params.u, params.units, params.geometry.positions(), vector) == Access::rows;
 }
 
 KernelParams kernel_params(const PairParams& params, const PairPlan& plan) {
   const int64_t groups = params.geometry.groups, units = params.units / groups;
   const int64_t size = itemsize_of(params.dtype), vector = 16 / size;
   const auto left = [&](const Responses& responses, bool is_u) {
-    const Access access = access_of(responses, units, pair_positions_of(params), vector);
+    const Access access = access_of(responses, units, params.geometry.positions(), vector);
     return left_of(responses, is_u, is_u ? params.a : params.g, access, size);
   };
   const bool one = pair_results(params) == 1;
@@ -771,9 +771,9 @@ KernelParams kernel_params(const PairParams& params, const PairPlan& plan) {
           params.activity == Activity::softmax && !params.selects && !params.anti,
           !has_state(params) && can_make_state(params),
           static_cast<int32_t>(units),
-          static_cast<int32_t>(pair_taps(params) * pair_group_channels(params)),
+          static_cast<int32_t>(params.geometry.taps() * params.geometry.group_channels()),
           static_cast<int32_t>(groups),
-          pair_positions_of(params),
+          params.geometry.positions(),
           static_cast<int32_t>(plan.whole_tiles),
           static_cast<int32_t>(plan.split_tiles),
           static_cast<int32_t>(plan.part_steps),
@@ -813,7 +813,7 @@ Status pair_mma(const PairParams& params, const DeviceInfo& info, Stream stream)
     return Status::failure(pair_shape(params) + ": the device's shared memory is too small");
   const int64_t positions = plan.parts > 1 && plan.whole_tiles == 0
                                 ? plan.part_steps * pair_positions(itemsize_of(params.dtype))
-                                : pair_positions_of(params);
+                                : params.geometry.positions();
   if (plan.blocks() > kMostBlocks || positions > std::numeric_limits<int32_t>::max()) {
     return Status::failure(pair_shape(params) + ": too many tiles, or positions of one of them");
   }
@@ -832,7 +832,7 @@ bool uses_wgmma([[maybe_unused]] const PairParams& params, [[maybe_unused]] cons
 
 Status check(const PairParams& params, const DeviceInfo& info) {
   const auto failure = [&](const char* why) { return Status::failure(pair_shape(params) + ": " + why); };
-  const bool empty = pair_positions_of(params) == 0;
+  const bool empty = params.geometry.positions() == 0;
   if (!empty && ((params.a && !params.u.data) || (params.g && !params.grad.data))) {
     return failure("a result without its input");
   }
@@ -860,7 +860,7 @@ int64_t pair_cuda_workspace(const PairParams& params, int device) {
 }
 
 Status pair_cuda(const PairParams& params, Stream stream) {
-  if (pair_results(params) == 0 || params.units == 0 || pair_group_channels(params) == 0) return {};
+  if (pair_results(params) == 0 || params.units == 0 || params.geometry.group_channels() == 0) return {};
   DeviceInfo info;
   const Status known = device_info(stream.device, info);
   if (!known.ok) return known;

@@ -21,20 +21,6 @@ int64_t pair_sm90_workspace(const PairParams& params, const DeviceInfo& info);  
 Status pair_sm90(const PairParams& params, const DeviceInfo& info, Stream stream);
 #endif
 
-inline int64_t pair_taps(const PairParams& params) {
-  const int64_t (&kernel)[3] = params.geometry.kernel;
-  return kernel[0] * kernel[1] * kernel[2];
-}
-
-inline int64_t pair_positions_of(const PairParams& params) {
-  const int64_t (&out)[3] = params.geometry.out_size;
-  return params.geometry.batch * out[0] * out[1] * out[2];
-}
-
-inline int64_t pair_group_channels(const PairParams& params) {
-  return params.geometry.channels / params.geometry.groups;
-}
-
 inline int pair_results(const PairParams& params) { return (params.a != nullptr) + (params.g != nullptr); }
 
 // For the message of a failure.
@@ -83,7 +69,7 @@ struct PatchIndex {
 
   // Offsets come out in elements times `scale`. pair_sizes_fit must hold.
   explicit PatchIndex(const PairParams& params, int64_t scale = 1)
-      : channels(std::max<int64_t>(1, pair_group_channels(params))),
+      : channels(std::max<int64_t>(1, params.geometry.group_channels())),
         stride_batch(scale * params.x_stride_batch),
         stride_channel(scale * params.x_stride_channel) {
     const ConvGeometry& geometry = params.geometry;
@@ -141,7 +127,7 @@ struct PatchIndex {
 inline bool pair_sizes_fit(const PairParams& params) {
   constexpr int64_t kMost = int64_t{1} << 29;
   const ConvGeometry& geometry = params.geometry;
-  bool fit = params.units < kMost && pair_taps(params) * pair_group_channels(params) < kMost;
+  bool fit = params.units < kMost && params.geometry.taps() * params.geometry.group_channels() < kMost;
   for (int d = 0; d < 3; ++d) {
     const int64_t reach = geometry.dilation[d] * (geometry.kernel[d] - 1);
     fit = fit && geometry.in_size[d] + 2 * geometry.padding[d] + reach < kMost;

@@ -80,19 +80,11 @@ inline Source source_of(const PairParams& params) {
   return is_flat(params.geometry) ? Source::image : Source::volume;
 }
 
-inline int64_t taps_of(const ConvGeometry& geometry) {
-  return geometry.kernel[0] * geometry.kernel[1] * geometry.kernel[2];
-}
-
-inline int64_t positions_of(const ConvGeometry& geometry) {
-  return geometry.batch * geometry.out_size[0] * geometry.out_size[1] * geometry.out_size[2];
-}
-
 inline Tensor input_tensor(const PairParams& params, Source source) {
   const ConvGeometry& geometry = params.geometry;
   Tensor tensor = tensor_of(params.x, geometry.channels);
   if (source == Source::rows) {
-    add_dimension(tensor, positions_of(geometry), *row_stride(params));
+    add_dimension(tensor, geometry.positions(), *row_stride(params));
     return tensor;
   }
   for (int i = 2; i >= (source == Source::volume ? 0 : 1); --i) {
@@ -108,7 +100,7 @@ inline bool is_matrix(const Responses& responses) {
 
 inline Tensor response_tensor(const PairParams& params, const Responses& responses) {
   Tensor tensor = tensor_of(responses.data, params.units);
-  add_dimension(tensor, positions_of(params.geometry),
+  add_dimension(tensor, params.geometry.positions(),
                 responses.inner == 1 ? responses.stride_batch : responses.stride_position);
   return tensor;
 }
@@ -181,8 +173,8 @@ inline bool wants_g(const PairParams& params) { return params.grad.data && param
 
 inline Plan plan_of(const PairParams& params, const DeviceInfo& info) {
   const bool both = wants_a(params) && wants_g(params);
-  return make_plan(params.units, params.geometry.channels, taps_of(params.geometry),
-                   positions_of(params.geometry), both, info.multiprocessors);
+  return make_plan(params.units, params.geometry.channels, params.geometry.taps(),
+                   params.geometry.positions(), both, info.multiprocessors);
 }
 
 inline bool has_needed_state(const PairParams& params) {
@@ -230,14 +222,14 @@ inline bool is_small_enough(const PairParams& params) {
       if (value > kMaxSize) return false;
     }
   }
-  return positions_of(geometry) <= kMaxCoordinate && params.units <= kMaxCoordinate &&
-         geometry.channels * taps_of(geometry) <= kMaxCoordinate;
+  return geometry.positions() <= kMaxCoordinate && params.units <= kMaxCoordinate &&
+         geometry.channels * geometry.taps() <= kMaxCoordinate;
 }
 
 inline std::string describe(const PairParams& params) {
   return "pair of " + std::to_string(params.units) + " units, " + std::to_string(params.geometry.channels) +
-         " channels, " + std::to_string(taps_of(params.geometry)) + " taps and " +
-         std::to_string(positions_of(params.geometry)) + " positions (sm_90)";
+         " channels, " + std::to_string(params.geometry.taps()) + " taps and " +
+         std::to_string(params.geometry.positions()) + " positions (sm_90)";
 }
 
 inline Status encode_maps(const Encoders& encoders, const std::string& what, const PairParams& from,
@@ -270,7 +262,7 @@ inline PairSm90 kernel_params(const PairParams& from, const Plan& plan) {
   params.plan = plan;
   params.source = source_of(from);
   params.patches = patches_of(from.geometry);
-  params.positions = static_cast<int32_t>(positions_of(from.geometry));
+  params.positions = static_cast<int32_t>(from.geometry.positions());
   params.units = static_cast<int32_t>(from.units);
   params.result_channels = static_cast<int32_t>(from.result_channels);
   params.competition = {from.activity, from.selects, from.anti, 1.0f / from.temperature};
@@ -294,7 +286,7 @@ inline bool takes(const PairParams& params, const DeviceInfo& info) {
   if (info.capability != 90 || info.shared_limit < kSharedBytes || info.multiprocessors < 2) return false;
   if (params.dtype == DType::f32 || geometry.groups != 1) return false;
   if (!wants_a(params) && !wants_g(params)) return false;
-  if (params.units < 1 || positions_of(geometry) < 1 || !is_small_enough(params)) return false;
+  if (params.units < 1 || geometry.positions() < 1 || !is_small_enough(params)) return false;
   if (!fills_chunks(geometry.channels) || !has_needed_state(params) || !is_aligned(params)) return false;
   return takes_input(params) && takes_responses(params, params.u) && takes_responses(params, params.grad);
 }

@@ -81,8 +81,8 @@ Status pair_sum_tiles(const PairParams& params, const PairPlan& plan, Stream str
                       pair_columns(plan.wide),
                       pair_results(params) == 1,
                       static_cast<int32_t>(params.units / groups),
-                      static_cast<int32_t>(pair_taps(params) * pair_group_channels(params)),
-                      Divisor(pair_group_channels(params)),
+                      static_cast<int32_t>(params.geometry.taps() * params.geometry.group_channels()),
+                      Divisor(params.geometry.group_channels()),
                       {params.g ? params.g : params.a, params.a ? params.a : params.g},
                       params.result_layout,
                       params.result_channels};
@@ -97,9 +97,10 @@ std::string pair_shape(const PairParams& params) {
                                                    : "float32";
   const char* results = pair_results(params) == 2 ? "A and G" : params.a ? "A" : "G";
   return std::string(results) + " of " + std::to_string(params.units) + " units over " +
-         std::to_string(pair_taps(params)) + " taps of " + std::to_string(pair_group_channels(params)) +
-         " channels in " + std::to_string(geometry.groups) + " groups at " +
-         std::to_string(pair_positions_of(params)) + " positions, " + dtype;
+         std::to_string(params.geometry.taps()) + " taps of " +
+         std::to_string(params.geometry.group_channels()) + " channels in " +
+         std::to_string(geometry.groups) + " groups at " + std::to_string(params.geometry.positions()) +
+         " positions, " + dtype;
 }
 
 }  // namespace ghl

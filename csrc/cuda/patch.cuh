@@ -115,12 +115,4 @@ inline Status patch_grid(const std::string& what, const ConvGeometry& geometry, 
   return {};
 }
 
-inline int64_t taps_of(const ConvGeometry& geometry) {
-  return geometry.kernel[0] * geometry.kernel[1] * geometry.kernel[2];
-}
-
-inline int64_t positions_of(const ConvGeometry& geometry) {
-  return geometry.batch * geometry.out_size[0] * geometry.out_size[1] * geometry.out_size[2];
-}
-
 }  // namespace ghl

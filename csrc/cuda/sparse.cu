@@ -29,9 +29,9 @@ struct Plan {
 
 Plan make_plan(const CorrelateParams& params) {
   Plan plan{};
-  plan.entries = positions_of(params.geometry) * params.winners;
-  plan.channels = params.geometry.channels / params.geometry.groups;
-  plan.taps = taps_of(params.geometry);
+  plan.entries = params.geometry.positions() * params.winners;
+  plan.channels = params.geometry.group_channels();
+  plan.taps = params.geometry.taps();
   const int64_t least = std::max(kSliceLength, 2 * (params.units + 1));
   plan.slices = std::clamp<int64_t>(plan.entries / least, 1, kMaxSlices);
   plan.slice_length = divide_up(plan.entries, plan.slices);

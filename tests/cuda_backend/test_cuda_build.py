@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -123,6 +124,7 @@ def test_kernels_keep_their_budgets(kernels: dict[str, dict[str, tuple[int, int,
     assert broken == []
 
 
+@functools.cache
 def disassembly(architecture: str) -> str:
     return output(tool("cuobjdump"), "-sass", "-arch", architecture, built_module())
 

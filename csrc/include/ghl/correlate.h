@@ -21,6 +21,10 @@ struct ConvGeometry {
   int64_t stride[3] = {1, 1, 1};
   int64_t padding[3] = {0, 0, 0};  // zeros on both sides
   int64_t dilation[3] = {1, 1, 1};
+
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  int64_t positions() const { return batch * out_size[0] * out_size[1] * out_size[2]; }
+  int64_t group_channels() const { return channels / groups; }
 };
 
 struct CorrelateParams {

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl_kernels.backends.gpu.layout import Patches
+from ghl_kernels.backends.gpu.layout import Patches, Responses
 from ghl_kernels.backends.gpu.state import State
+from ghl_kernels.rule import Competition
 
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVITY = {"softmax": 0, "linear": 1, "relu": 2, "binary": 3}
@@ -48,4 +49,23 @@ def patch_arguments(x: Patches) -> dict[str, Any]:
         "x_stride_batch": x.batch_stride,
         "x_stride_channel": x.channel_stride,
         "x_stride": x.strides,
+    }
+
+
+def response_arguments(name: str, view: Responses | None) -> dict[str, Any]:
+    """The address and the layout of responses; nothing for those that are not there."""
+    if view is None:
+        return {}
+    layout = (view.inner, view.batch_stride, view.position_stride, view.unit_stride)
+    return {name: address(view.tensor), f"{name}_layout": layout}
+
+
+def competition_arguments(competition: Competition) -> dict[str, Any]:
+    """What turns a response into an activity, given the state of its position."""
+    activity, winners, temperature, anti = competition
+    return {
+        "activity": ACTIVITY[activity],
+        "selects": winners > 0,
+        "anti": anti,
+        "temperature": temperature,
     }

@@ -10,10 +10,11 @@ from torch import Tensor
 from ghl_kernels import _native
 from ghl_kernels.backends.cuda.kernels import compete
 from ghl_kernels.backends.cuda.kernels.arguments import (
-    ACTIVITY,
     DTYPE,
     address,
+    competition_arguments,
     patch_arguments,
+    response_arguments,
     state_addresses,
     stream_of,
 )
@@ -90,9 +91,9 @@ def correlate(
         "units": some.units,
         "result_layout": (channels * x.taps, x.taps, 1),
         "result_channels": channels,
-        **(_response_arguments("u", u) if u else {}),
-        **(_response_arguments("grad", grad) if grad else {}),
-        **_competition_arguments(competition),
+        **response_arguments("u", u),
+        **response_arguments("grad", grad),
+        **competition_arguments(competition),
         **state_addresses(state),
         "a": address(A),
         "g": address(G),
@@ -106,18 +107,3 @@ def correlate(
     scratch = workspace((-(-size // 4),), device, what) if size else None
     cuda.pair(**arguments, workspace=address(scratch))
     return A, G
-
-
-def _response_arguments(name: str, view: Responses) -> dict[str, Any]:
-    layout = (view.inner, view.batch_stride, view.position_stride, view.unit_stride)
-    return {name: view.tensor.data_ptr(), f"{name}_layout": layout}
-
-
-def _competition_arguments(competition: Competition) -> dict[str, Any]:
-    activity, winners, temperature, anti = competition
-    return {
-        "activity": ACTIVITY[activity],
-        "selects": winners > 0,
-        "anti": anti,
-        "temperature": temperature,
-    }

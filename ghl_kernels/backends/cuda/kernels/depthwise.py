@@ -7,10 +7,11 @@ from torch import Tensor
 
 from ghl_kernels import _native
 from ghl_kernels.backends.cuda.kernels.arguments import (
-    ACTIVITY,
     DTYPE,
     address,
+    competition_arguments,
     patch_arguments,
+    response_arguments,
     state_addresses,
     stream_of,
 )
@@ -18,8 +19,6 @@ from ghl_kernels.backends.gpu.layout import Patches, Responses
 from ghl_kernels.backends.gpu.memory import workspace
 from ghl_kernels.backends.gpu.state import State
 from ghl_kernels.rule import Competition
-
-_NO_LAYOUT = (1, 0, 0, 1)
 
 
 def correlate(
@@ -41,14 +40,9 @@ def correlate(
         **state_addresses(state),
         "dtype": DTYPE[x.tensor.dtype],
         "units": u.units,
-        "u": address(u.tensor),
-        "u_layout": _layout(u),
-        "grad": address(grad.tensor) if grad else 0,
-        "grad_layout": _layout(grad) if grad else _NO_LAYOUT,
-        "activity": ACTIVITY[competition.activity],
-        "selects": competition.winners > 0,
-        "anti": competition.anti,
-        "temperature": competition.temperature,
+        **response_arguments("u", u),
+        **response_arguments("grad", grad),
+        **competition_arguments(competition),
         "a": address(A),
         "g": address(G),
         "result_layout": (x.taps, x.taps, 1),
@@ -57,7 +51,3 @@ def correlate(
     scratch = workspace((cuda.depthwise_workspace(**arguments) // 4,), device, purpose)
     cuda.depthwise(**arguments, workspace=address(scratch))
     return A, G
-
-
-def _layout(view: Responses) -> tuple[int, int, int, int]:
-    return view.inner, view.batch_stride, view.position_stride, view.unit_stride
