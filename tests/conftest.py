@@ -81,15 +81,21 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The share of Triton's interpreter, which takes a millisecond for an instruction of a kernel, is cut.
 
-    Sweeps on it are slow tests; tests/triton_backend has sweeps of its own that are not.
+    Sweeps on it are slow tests, and so is all but every seventh case of a broad one; tests/triton_backend has
+    sweeps of its own that are not.
     """
+    cases: collections.Counter[str] = collections.Counter()
     for item in items:
         if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") != "triton":
             continue
         if item.get_closest_marker("large"):
             item.add_marker(pytest.mark.skip(reason="too much for Triton's interpreter"))
-        elif hypothesis.is_hypothesis_test(item.obj):
+            continue
+        broad = item.get_closest_marker("broad") is not None
+        name = f"{item.path}::{item.originalname}"
+        if hypothesis.is_hypothesis_test(item.obj) or (broad and cases[name] % 7):
             item.add_marker("slow")
+        cases[name] += 1
 
 
 @pytest.fixture

@@ -153,6 +153,7 @@ def _check_delta_and_weight_grad(case: LayerCase) -> None:
     assert_gated(gated, judgement, G, magnitude, torch.finfo(case.dtype).eps)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decay", ["oja", "instar", "none", "subspace", "sanger"])
 @pytest.mark.parametrize("winners", [None, 1, 23])

@@ -134,6 +134,7 @@ def test_sums_at_forward_equals_backward(backend: str, rule: HebbianRule) -> Non
     assert torch.equal(early, late)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_the_order_of_the_batch_does_not_matter(backend: str, rule: HebbianRule) -> None:
     x, weight, _ = data(batch=7)
@@ -145,6 +146,7 @@ def test_the_order_of_the_batch_does_not_matter(backend: str, rule: HebbianRule)
     )
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_sums_add_over_the_batch(backend: str, rule: HebbianRule) -> None:
     """A and the moments are linear in the data: two halves add up to the whole, and none of it is lost."""
@@ -225,6 +227,7 @@ def results(dtype: torch.dtype, rule: HebbianRule) -> list[Tensor]:
     return [*out, layer.weight.detach()]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_repeats_bit_for_bit(backend: str, dtype: torch.dtype, rule: HebbianRule) -> None:

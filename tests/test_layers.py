@@ -119,6 +119,7 @@ def test_layer(backend: str, case: LayerCase, sums_at: str) -> None:
     assert_weight_grad(ours, x, actual[0], grad_u, case.rule, case.dtype)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("shape", [(1,), (7,), (5, 7), (64, 33), (5, 1), (2, 3, 7), (1, 3, 7), (2, 2, 2, 33)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
@@ -202,6 +203,7 @@ def test_layers_in_a_network(backend: str) -> None:
 # --- what follows the layer ---------------------------------------------------------------------
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", [HebbianRule(), HebbianRule.kwta(1), HebbianRule(winners=1)], ids=str)
 @pytest.mark.parametrize("shape", ["batch", "unbatched", "leading", "strided"])

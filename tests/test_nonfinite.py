@@ -72,6 +72,7 @@ def test_infinite_responses(backend: str, rule: HebbianRule, values: list[float]
     torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("sums_at", ["forward", "backward"])
@@ -105,6 +106,7 @@ def test_a_bad_output_gradient_reaches_its_row(backend: str, bad: float, winners
     assert torch.equal(layer.weight.grad.isnan(), nans)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("normalize", ["layer", "filter", "mean", "none"])
 @pytest.mark.parametrize("decay", ["none", "oja", "instar", "subspace", "sanger"])

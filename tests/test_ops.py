@@ -157,6 +157,7 @@ def test_every_operation_is_tested() -> None:
     assert set(re.findall(r'_fake\("(\w+)"\)', source)) == set(NAMES)
 
 
+@pytest.mark.broad
 @pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -167,6 +168,7 @@ def test_opcheck(backend: str, name: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(getattr(ops, name).default, arguments)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("_")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_fakes_agree(backend: str, poison: None, name: str, dtype: torch.dtype) -> None:
@@ -187,6 +189,7 @@ def test_fakes_agree(backend: str, poison: None, name: str, dtype: torch.dtype) 
                 )
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_do_not_flow(backend: str, name: str) -> None:
     for arguments in samples(name, torch.float32):
@@ -240,6 +243,7 @@ def test_the_version_is_what_autograd_goes_by(
         mutate_what_was_saved().backward()
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "slice", "step"])
 @pytest.mark.parametrize("normalize", ["layer", "filter", "mean", "none"])
