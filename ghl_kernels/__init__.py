@@ -12,6 +12,7 @@ import torch  # noqa: F401  first of all: the native module must join torch's Op
 from ghl_kernels import _ops, functional, reference
 from ghl_kernels._dispatch import backends, use_backend
 from ghl_kernels.convert import convert, revert
+from ghl_kernels.monitor import Monitor
 from ghl_kernels.nn import GHLConv1d, GHLConv2d, GHLConv3d, GHLLinear
 from ghl_kernels.rule import HebbianRule
 from ghl_kernels.sgd import GHLSGD
@@ -26,6 +27,7 @@ __all__ = [
     "GHLConv3d",
     "GHLLinear",
     "HebbianRule",
+    "Monitor",
     "StepGate",
     "backends",
     "convert",

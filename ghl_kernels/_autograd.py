@@ -212,19 +212,27 @@ def _layer_backward(
 class GateFunction(torch.autograd.Function):
     """Identity on the weight whose backward applies the rule to what its outputs received.
 
-    Besides the weight it returns two storage-free tensors for LayerFunction's extra inputs.
+    Besides the weight it returns two storage-free tensors for LayerFunction's extra inputs. With the totals
+    and the number of a probe, that probe is shown what the rule is applied to.
     """
 
     @staticmethod
     def forward(
-        weight: Tensor, moments_size: int, groups: int, decay: str, normalize: str, gate: str
+        weight: Tensor,
+        moments_size: int,
+        groups: int,
+        decay: str,
+        normalize: str,
+        gate: str,
+        totals: Tensor | None,
+        probe: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         zero = weight.new_zeros((), dtype=sum_dtype(weight.dtype))
         return weight.view_as(weight), zero.expand(weight.shape), zero.expand(moments_size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        weight, _, *ctx.rule = inputs
+        weight, _, *ctx.rule, ctx.totals, ctx.probe = inputs  # not saved: the totals are to be changed
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)
 
@@ -233,12 +241,14 @@ class GateFunction(torch.autograd.Function):
     def backward(ctx: Any, G: Tensor | None, A: Tensor, moments: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         groups, decay, normalize, gate = ctx.rule
+        if ctx.totals is not None:
+            torch.ops.ghl.observe_rule_(ctx.totals, G, A, moments, weight, ctx.probe)
         if gate == "none":
             H = torch.ops.ghl.delta(A, moments, weight, groups, decay, normalize)
-            return H.neg_().to(weight.dtype), None, None, None, None, None
+            return H.neg_().to(weight.dtype), *(None,) * 7
         # in place: LayerFunction made G for this one edge
         torch.ops.ghl.gate_(G, A, moments, weight, groups, decay, normalize)
-        return G, None, None, None, None, None
+        return G, *(None,) * 7
 
 
 # torch binds default arguments at every apply; without a stored signature that costs more than a small kernel

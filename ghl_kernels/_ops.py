@@ -20,7 +20,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ghl_kernels import _check, _dispatch
+from ghl_kernels import _check, _dispatch, _probe
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
 from ghl_kernels.backends.eager import SGDOptions, Stepped, moments_size, sum_dtype
@@ -469,6 +469,36 @@ def _(
 ) -> None:
     for weight, grad in zip(weights, grads, strict=True):
         _check.shape("grad", grad, weight.shape)
+
+
+# --- observation --------------------------------------------------------------------------------
+# The changed tensors are those of a Monitor's probe, which does the summing.
+
+
+@_op("observe_responses_(Tensor(a!) histogram, Tensor u, Tensor weight, int dim, int probe) -> ()")
+def _observe_responses_(histogram: Tensor, u: Tensor, weight: Tensor, dim: int, probe: int) -> None:
+    found = _probe.find(probe)
+    if found is not None and found.is_due(weight):
+        found.count_winners(histogram, u, dim)
+
+
+@_fake("observe_responses_")
+def _(histogram: Tensor, u: Tensor, weight: Tensor, dim: int, probe: int) -> None:
+    _check.shape("histogram", histogram, (2, u.shape[dim] + 1))
+
+
+@_op("observe_rule_(Tensor(a!) totals, Tensor? G, Tensor A, Tensor moments, Tensor weight, int probe) -> ()")
+def _observe_rule_(
+    totals: Tensor, G: Tensor | None, A: Tensor, moments: Tensor, weight: Tensor, probe: int
+) -> None:
+    found = _probe.find(probe)
+    if found is not None and found.is_due(weight):
+        found.measure_rule(totals, G, A, moments, weight)
+
+
+@_fake("observe_rule_")
+def _(totals: Tensor, G: Tensor | None, A: Tensor, moments: Tensor, weight: Tensor, probe: int) -> None:
+    _check.shape("A", A, weight.shape)
 
 
 # --- guards -------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ def revert(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: a layer is attached to a StepGate, which would then find gradients without sums.
+        ValueError: a layer is attached to a StepGate, which would then find gradients without sums, or
+            watched by a Monitor.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -93,6 +94,8 @@ def revert(model: nn.Module) -> nn.Module:
     for name, layer in layers:
         if layer._attachment is not None:
             raise ValueError(f"{name!r} is attached to a StepGate; call the gate's remove() first")
+        if layer._probe is not None:
+            raise ValueError(f"{name!r} is watched by a Monitor; call the monitor's remove() first")
     for _, layer in layers:
         torch_type = _TORCH_TYPES.get(type(layer))
         if torch_type is not None:

@@ -22,6 +22,7 @@ from ghl_kernels.backends.eager import moments_size
 from ghl_kernels.rule import HebbianRule
 
 if TYPE_CHECKING:
+    from ghl_kernels._probe import Probe
     from ghl_kernels.step_gate import Attachment
 
 GateAt = Literal["backward", "step"]
@@ -46,6 +47,7 @@ class GHLLayer(nn.Module, abc.ABC):
     gate_at: GateAt
     sums_at: SumsAt
     _attachment: Attachment | None = None
+    _probe: Probe | None = None
 
     def __init__(
         self,
@@ -98,19 +100,28 @@ class GHLLayer(nn.Module, abc.ABC):
         self._check_input(x)
         u = self._torch_forward(x)
         batched, geometry = self._prepare(x.to(u.dtype))
-        A, moments = sums(batched, u.unsqueeze(0) if batched.dim() > x.dim() else u, self._plan(geometry))
+        responses = u.unsqueeze(0) if batched.dim() > x.dim() else u
+        A, moments = sums(batched, responses, self._plan(geometry))
         rule = self.rule
+        if self._probe is not None:
+            self._probe.observe_responses(responses, self.weight, -1 if geometry is None else 1)
+            self._probe.observe_rule(None, A, moments, self.weight)
         torch.ops.ghl.learn_(self.weight, A, moments, lr, self.filter_groups, rule.decay, rule.normalize)
         return u
 
     def forward(self, input: Tensor) -> Tensor:
         """The torch layer's output; in training its backward leaves the rule's gradient in weight.grad."""
-        if not (self.training and self.weight.requires_grad and torch.is_grad_enabled()):
+        if not self._is_learning():
             return self._torch_forward(input)
         self._check_input(input)
         x, geometry = self._prepare(input)
         u = self._apply_rule(x, geometry)
+        if self._probe is not None:
+            self._probe.observe_responses(u, self.weight, -1 if geometry is None else 1)
         return u.squeeze(0) if x.dim() > input.dim() else u
+
+    def _is_learning(self) -> bool:
+        return self.training and self.weight.requires_grad and torch.is_grad_enabled()
 
     def _torch_forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, super().forward(x))
@@ -155,14 +166,23 @@ class GHLLayer(nn.Module, abc.ABC):
         _warn_if_distributed()
         rule, groups = self.rule, self.filter_groups
         size = moments_size(self.units, groups, rule.decay)
+        observed = (None, None) if self._probe is None else self._probe.gate_arguments(self.weight)
         return cast(
             tuple[Tensor, Tensor, Tensor],
-            GateFunction.apply(self.weight, size, groups, rule.decay, rule.normalize, rule.gate),
+            GateFunction.apply(self.weight, size, groups, rule.decay, rule.normalize, rule.gate, *observed),
         )
 
+    def _replicate_for_data_parallel(self) -> Any:
+        if self._is_learning():
+            raise RuntimeError(
+                "DataParallel cannot train GHL layers: every replica would apply the rule to its own share "
+                "of the batch. Use DistributedDataParallel with gate_at='step' and a StepGate"
+            )
+        return super()._replicate_for_data_parallel()
+
     def __getstate__(self) -> dict[str, Any]:
-        # a StepGate holds this very layer's weight; a copy must not send its sums there
-        return {key: value for key, value in self.__dict__.items() if key != "_attachment"}
+        # a StepGate or Monitor holds this very layer; a copy must not send its sums there
+        return {key: value for key, value in self.__dict__.items() if key not in ("_attachment", "_probe")}
 
     def extra_repr(self) -> str:
         """The torch layer's, then the rule and the options that are not the default."""

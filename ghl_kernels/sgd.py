@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import SGD, sgd
 
+from ghl_kernels._processes import is_sharded
 from ghl_kernels.step_gate import Attachment, Attachments
 
 
@@ -34,9 +35,9 @@ class GHLSGD(SGD):
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a value that torch.optim.SGD refuses, an option that is a tensor, no trainable weight
-            of a layer with ``gate_at="step"``, layers that a StepGate or another GHLSGD holds, or several
-            processes without a process group.
+        ValueError: a value that torch.optim.SGD refuses, an option that is a tensor, sharded weights, no
+            trainable weight of a layer with ``gate_at="step"``, layers that a StepGate or another GHLSGD
+            holds, or several processes without a process group.
 
     At the step, RuntimeError as for StepGate.
     """
@@ -67,6 +68,8 @@ class GHLSGD(SGD):
         )
         for group in self.param_groups:
             _options(group)
+            if any(is_sharded(p) for p in group["params"]):
+                raise ValueError("GHLSGD takes no sharded weights; use torch.optim.SGD with a StepGate")
         self._attachments: Attachments | None = Attachments(self, model, process_group)
 
     def remove(self) -> None:

@@ -11,54 +11,105 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ghl_kernels._processes import Processes
 from ghl_kernels.backends.eager import moments_size, sum_dtype
 from ghl_kernels.nn import GHLLayer
+
+
+class _Seen(NamedTuple):
+    """A tensor at one moment: whether it is the same and unchanged can be asked later, on the host."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+
+    @classmethod
+    def now(cls, tensor: Tensor) -> _Seen:
+        return cls(weakref.ref(tensor), tensor._version)
+
+    def still_is(self, tensor: Tensor) -> bool:
+        return self.tensor() is tensor and self.version == tensor._version
+
+
+_attached: dict[int, weakref.ref[Attachment]] = {}
+
+
+def _forbid_foreign_step(optimizer: Optimizer, *_: Any) -> None:
+    for reference in tuple(_attached.values()):  # at once: other threads may attach layers
+        attachment = reference()
+        if attachment is not None:
+            attachment.forbid_step_of(optimizer)
+
+
+# on all optimizers: the one that no StepGate serves, and that would step on plain gradients, has no other
+register_optimizer_step_post_hook(_forbid_foreign_step)
 
 
 class Attachment:
     """One layer's part in a StepGate: the leaves that receive its sums, and when those start afresh."""
 
-    def __init__(self, name: str, layer: GHLLayer) -> None:
+    def __init__(self, name: str, layer: GHLLayer, optimizer: Optimizer) -> None:
         self.name = name
         self.layer = layer
+        self._owner = weakref.ref(optimizer)
         self._A, self._moments = self._new_leaves()
-        weight = layer.weight
+        self.weight = weight = layer.weight  # the parameter that the optimizer holds
         self._handles = [
             weight.register_hook(self._begin_pass),
             weight.register_post_accumulate_grad_hook(self._end_pass),
         ]
         self._pass: int | None = None
-        self._gradient: tuple[weakref.ref[Tensor], int] | None = None  # weight.grad as the last pass left it
+        self._gradient: _Seen | None = None  # weight.grad as the last pass left it
+        self._stepped: _Seen | None = None  # weight.grad as the last step left it, until the next pass
         self._weight_version: int | None = None
         self._swapped: tuple[Tensor, Tensor] | None = None  # plain and gated, while weight.grad is gated
         self._accumulated = [0, 0]  # passes that added to weight.grad and to the sums
+        self._is_idle = False  # no pass of this process has a part in weight.grad
         layer._attachment = self
+        key = id(self)
+        _attached[key] = weakref.ref(self, lambda _: _attached.pop(key, None))
 
     def leaves(self) -> tuple[Tensor, Tensor]:
-        """Where the sums go in the next backward pass."""
+        """Where the sums go in the next backward pass.
+
+        Raises:
+            RuntimeError: the layer's weight is another tensor than the one that was attached.
+        """
         weight = self.layer.weight
+        if not self._is_attached(weight):  # its gradient would be plain, wherever it goes
+            raise RuntimeError(
+                f"the weight of {self.name!r} is not the parameter that its StepGate is attached to: "
+                "functional_call with other weights needs gate_at='backward'; a layer whose parameter was "
+                "replaced (load_state_dict with assign=True) needs a new optimizer and StepGate"
+            )
         if self._A.device != weight.device or self._A.dtype != sum_dtype(weight.dtype):
             self._A, self._moments = self._new_leaves()
-        elif weight.grad is None and not torch.compiler.is_compiling():
+        elif self.weight.grad is None and not torch.compiler.is_compiling():
             self._drop()  # now rather than in backward: a copy of the weights less at the peak
         return self._A, self._moments
 
-    def sums(self) -> list[Tensor] | None:
+    def sums(self, *, shared: bool = False) -> list[Tensor] | None:
         """The accumulated [A, moments] that belong to weight.grad, or None where there is no gradient.
+
+        Zeros where the gradient is ``shared`` and all of it came from other processes.
 
         Raises:
             RuntimeError: a gradient without sums, or a weight that changed since they were made.
         """
-        weight = self.layer.weight
+        weight = self.weight
         if weight.grad is None:
             self._drop()
             return None
+        self._is_idle = shared and self._has_no_part(weight.grad)
+        if self._is_idle:
+            self._drop()
+            return self.empty_sums()
         if self._A.grad is None or self._moments.grad is None or self._accumulated[0] != self._accumulated[1]:
             raise RuntimeError(
                 f"weight.grad of {self.name!r} has no Hebbian sums: all or part of it was not made by a "
@@ -72,41 +123,77 @@ class Attachment:
         return [self._A.grad, self._moments.grad]
 
     def empty_sums(self) -> list[Tensor]:
-        """Zeros of the shapes of the sums: this process's share when it had no gradient."""
+        """Zeros of the shapes of the sums: this process's share when it had no part in the gradient."""
         return [
             torch.zeros_like(leaf, memory_format=torch.contiguous_format) for leaf in (self._A, self._moments)
         ]
+
+    def check_shared(self, total: list[Tensor]) -> None:
+        """RuntimeError if weight.grad came from other processes, and they have no sums for it either."""
+        grad = self.weight.grad
+        if grad is not None and self._is_idle and total[1][-1] == 0 and grad.any():
+            raise RuntimeError(
+                f"weight.grad of {self.name!r} has no Hebbian sums in any process: no backward pass through "
+                "this layer in training mode has made it, and the optimizer must not step on it"
+            )
 
     def rule_arguments(self, A: Tensor, moments: Tensor) -> tuple[Any, ...]:
         """What ghl::delta takes."""
         layer, rule = self.layer, self.layer.rule
         return A, moments, layer.weight.detach(), layer.filter_groups, rule.decay, rule.normalize
 
+    def observe(self, A: Tensor, moments: Tensor) -> None:
+        """Show the layer's probe, if there is one, what the rule is about to be applied to."""
+        layer, probe = self.layer, self.layer._probe
+        if probe is not None:
+            G = layer.weight.grad if layer.rule.gate == "sign" else None
+            probe.observe_rule(G, A, moments, layer.weight.detach())
+
+    def forbid_step_of(self, optimizer: Optimizer) -> None:
+        """After a step of any optimizer: RuntimeError if it was one on this layer's plain gradient."""
+        is_pending = self.weight.grad is not None and self._stepped is None and any(self._accumulated)
+        if not is_pending or self._swapped is not None or self._weight_version == self.weight._version:
+            return
+        if optimizer is not self._owner() and any(
+            p is self.weight for group in optimizer.param_groups for p in group["params"]
+        ):
+            raise RuntimeError(
+                f"the weight of {self.name!r} was stepped on its plain gradient by an optimizer that its "
+                "StepGate does not serve; call the gate's remove() and make one for the optimizer that steps"
+            )
+
+    def is_gated(self) -> bool:
+        """Whether weight.grad is the gated gradient."""
+        return self._swapped is not None and self.weight.grad is self._swapped[1]
+
     def swap(self, gated: Tensor) -> None:
         """Let weight.grad be the gated gradient, until :meth:`restore`."""
-        plain = self.layer.weight.grad
+        plain = self.weight.grad
         assert plain is not None
-        self._swapped, self.layer.weight.grad = (plain, gated), gated
+        self._swapped, self.weight.grad = (plain, gated), gated
 
     def restore(self) -> None:
         """Put the plain gradient back, so that accumulation without zeroing goes on from it."""
         if self._swapped is None:
             return
         (plain, gated), self._swapped = self._swapped, None
-        weight = self.layer.weight
+        weight = self.weight
         if weight.grad is gated:  # else it was zeroed or replaced after a step that raised
             weight.grad = plain
             self.follow_weight()
 
     def follow_weight(self) -> None:
         """Take the weight as it is now: the step itself has changed it."""
-        self._weight_version = self.layer.weight._version
+        self._weight_version = self.weight._version
+        if self.weight.grad is not None:
+            self._stepped = _Seen.now(self.weight.grad)
 
     def detach(self) -> None:
         """Undo the attachment."""
         self.restore()
         for handle in self._handles + self._leaf_handles:
             handle.remove()
+        _attached.pop(id(self), None)
         del self.layer._attachment
 
     def _new_leaves(self) -> tuple[Tensor, Tensor]:
@@ -119,9 +206,20 @@ class Attachment:
         self._leaf_handles.append(A.register_post_accumulate_grad_hook(self._count_sums))
         return A, moments
 
+    def _is_attached(self, weight: Tensor) -> bool:
+        """Whether what the layer computes with in a forward pass is this attachment's weight."""
+        return weight is self.weight
+
+    def _has_no_part(self, grad: Tensor) -> bool:
+        """Whether no pass of this process has added to weight.grad since it was zeroed: DDP brought it."""
+        stale = self._stepped is not None and not self._stepped.still_is(grad)
+        return stale or not any(self._accumulated)
+
     def _drop(self) -> None:
         self._A.grad = self._moments.grad = None
         self._accumulated = [0, 0]
+        self._stepped = None
+        self._weight_version = self.weight._version
 
     def _count_sums(self, _: Tensor) -> None:
         self._accumulated[1] += 1
@@ -133,34 +231,34 @@ class Attachment:
         if current == self._pass:
             return
         self._pass = current
-        weight = self.layer.weight
+        weight = self.weight
         if self._swapped is not None:  # the optimizer raised in its step
             plain, gated = self._swapped
             self._swapped = torch.where((gated != 0).any(), plain, 0.0), gated
             self.restore()
         grad = weight.grad
-        if grad is None:
+        # replaced since the step: it was zeroed, and DDP has brought other processes' gradient
+        replaced = self._stepped is not None and self._stepped.tensor() is not grad
+        if grad is None or self._A.grad is None or replaced:
             self._drop()
-            self._weight_version = weight._version
-        elif self._A.grad is not None:
+        else:
             # zeroed in place, or not: told apart without a synchronization
-            dead = (grad == 0).all()
+            dead = self._is_zero(grad)
             for leaf in (self._A, self._moments):
                 if leaf.grad is not None:
                     leaf.grad.masked_fill_(dead, 0.0)
-            if not self._is_as_left(grad):
+            if self._gradient is None or not self._gradient.still_is(grad):
                 self._weight_version = weight._version
                 self._accumulated = [0, 0]
+        self._stepped = None
+
+    def _is_zero(self, grad: Tensor) -> Tensor:
+        return (grad == 0).all()
 
     def _end_pass(self, weight: Tensor) -> None:
         assert weight.grad is not None
-        self._gradient = (weakref.ref(weight.grad), weight.grad._version)
+        self._gradient = _Seen.now(weight.grad)
         self._accumulated[0] += 1
-
-    def _is_as_left(self, grad: Tensor) -> bool:
-        return (
-            self._gradient is not None and self._gradient[0]() is grad and self._gradient[1] == grad._version
-        )
 
 
 class Attachments:
@@ -168,38 +266,35 @@ class Attachments:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, process_group: Any) -> None:
         layers = _layers_held(optimizer, model)
-        self._group = _process_group(model, process_group)
-        self._members = [Attachment(name, layer) for name, layer in layers]
+        self._processes = Processes(model, [layer.weight for _, layer in layers], process_group)
+        self._members: list[Attachment]
+        if self._processes.is_sharded:
+            self._members = _sharded().attach(layers, optimizer, self._processes)
+        else:
+            self._members = [Attachment(name, layer, optimizer) for name, layer in layers]
 
     def __iter__(self) -> Iterator[Attachment]:
         return iter(self._members)
 
     def sums(self) -> list[tuple[Attachment, list[Tensor]]]:
         """[A, moments] of every layer that has a gradient; all layers are checked before any is returned."""
-        total = self._reduced([member.sums() for member in self._members])
-        return [(a, sums) for a, sums in zip(self._members, total, strict=True) if sums is not None]
+        total = self._processes.sums(self._members)
+        active = [(a, sums) for a, sums in zip(self._members, total, strict=True) if sums is not None]
+        for attachment, sums in active:
+            attachment.observe(*sums)
+        return active
+
+    def gated(self) -> Iterator[tuple[Attachment, Tensor]]:
+        """What the gradient of every layer that has one becomes."""
+        if self._processes.is_sharded:
+            return _sharded().gated(self.sums(), self._processes)
+        return _gated(self.sums())
 
     def detach(self) -> None:
         """Let go of the layers, which can then be attached again."""
         for member in self._members:
             member.detach()
         self._members = []
-
-    def _reduced(self, local: list[list[Tensor] | None]) -> list[list[Tensor] | None]:
-        """The sums over all processes, by one flat all-reduce per dtype; copies, so local sums stay local."""
-        if self._group is None:
-            return local
-        filled = [s or a.empty_sums() for s, a in zip(local, self._members, strict=True)]
-        reduced: list[list[Tensor] | None] = [None] * len(local)
-        for dtype in sorted({sums[0].dtype for sums in filled}, key=str):
-            members = [i for i, sums in enumerate(filled) if sums[0].dtype == dtype]
-            flat = torch.cat([t.flatten() for i in members for t in filled[i]])
-            torch.distributed.all_reduce(flat, group=self._group)
-            parts = iter(flat.split([t.numel() for i in members for t in filled[i]]))
-            for i in members:
-                total = [next(parts).view(t.shape) for t in filled[i]]
-                reduced[i] = None if local[i] is None else total
-        return reduced
 
 
 class StepGate:
@@ -216,12 +311,14 @@ class StepGate:
     Args:
         optimizer: any torch optimizer but LBFGS, whose line search asks for gradients of one function.
         model: the model, or its DistributedDataParallel wrapper, whose process group is then used.
-        process_group: over which the sums are added up; needed with several processes without DDP.
+        process_group: over which the sums are added up; needed with several processes without DDP. Weights
+            that ``fully_shard`` has spread over processes bring theirs.
 
     Raises:
         TypeError: not an optimizer or a module.
         ValueError: LBFGS, an optimizer that holds none of the layers' weights, layers that another
-            StepGate holds, or several processes without a process group.
+            StepGate holds, or several processes without a process group; weights sharded other than by
+            rows, or sharded with a decay that mixes rows (subspace, sanger).
 
     At the step, RuntimeError for a weight.grad without sums, or a weight that was changed between
     backward and step: an optimizer never steps on a plain gradient unnoticed.
@@ -252,7 +349,9 @@ class StepGate:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
         if closure is None:
-            self._gate()
+            # gated already: a subclass of an optimizer in its step calls super().step(), which has hooks too
+            if not any(attachment.is_gated() for attachment in self._attachments):
+                self._gate()
             return None
 
         def gated_closure() -> Any:
@@ -277,7 +376,7 @@ class StepGate:
     def _gate(self) -> None:
         self._restore()
         scale = getattr(self._optimizer, "grad_scale", None)
-        for attachment, gated in _gated(self._attachments.sums()):
+        for attachment, gated in self._attachments.gated():
             attachment.swap(gated if scale is None else gated.mul_(scale))  # fused optimizers divide by it
 
 
@@ -330,18 +429,8 @@ def _step_layers(model: nn.Module) -> Iterator[tuple[str, GHLLayer]]:
             yield name, module
 
 
-def _process_group(model: nn.Module, given: Any) -> Any:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return given
-    if given is not None:
-        return given
-    for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            return module.process_group
-    if distributed.get_world_size() > 1:
-        raise ValueError(
-            f"{distributed.get_world_size()} processes and no DistributedDataParallel model: "
-            "give the process_group over which gradients are reduced"
-        )
-    return None
+def _sharded() -> Any:
+    # torch.distributed.tensor takes a while to import: only for those who shard
+    from ghl_kernels import _sharded
+
+    return _sharded

@@ -1,14 +1,18 @@
-"""Two processes: StepGate over DDP is one process on the whole batch, and the replicas never part."""
+"""StepGate over DDP in two and four processes is one process on the whole batch; the replicas never part."""
 
 from __future__ import annotations
 
 import copy
+import datetime
 import itertools
+import os
+import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from reference_model import small_batches, small_network
@@ -24,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 WORLD = 2
-STEPS = 3
+STEPS = 10
 RULES = {
     "softmax": HebbianRule.ghl(),
     "kwta": HebbianRule.kwta(1),
@@ -57,12 +61,12 @@ def _network() -> nn.Sequential:
 def _train(model: nn.Module, layers: nn.Module, mode: str, rank: int | None) -> list[Tensor]:
     """Parameters after STEPS steps: one rank's share of every batch, or (None) the whole."""
     _, passes, no_sync = MODES[mode]
+    world = torch.distributed.get_world_size() if rank is not None else 1
     optimizer = torch.optim.SGD(layers.parameters(), lr=0.05, momentum=0.9)
     ghl.StepGate(optimizer, model)
     for step in range(STEPS):
-        for index, (x, target) in enumerate(small_batches(*[4 * WORLD] * passes, seed=step)):
-            if rank is not None:
-                x, target = x[rank::WORLD], target[rank::WORLD]
+        for index, (x, target) in enumerate(small_batches(*[8] * passes, seed=step)):
+            x, target = x[rank or 0 :: world], target[rank or 0 :: world]
             waits = no_sync and rank is not None and index < passes - 1
             with model.no_sync() if waits else nullcontext():
                 F.cross_entropy(model(x), target).backward()
@@ -71,26 +75,25 @@ def _train(model: nn.Module, layers: nn.Module, mode: str, rank: int | None) -> 
     return [p.detach().clone() for p in layers.parameters()]
 
 
-def _rank(rank: int, folder: str) -> None:
-    """Everything that two processes do, in one start of them; what they found goes to a file."""
-    store = torch.distributed.FileStore(f"{folder}/store", WORLD)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
+def _rank(rank: int) -> dict[str, Any]:
+    """Everything that two processes do, in one start of them."""
     found: dict[str, Any] = {}
-    try:
-        for rule, mode in CASES:
-            model = ghl.convert(_network(), RULES[rule], gate_at="step")
-            found[f"{rule}/{mode}"] = _train(
-                DistributedDataParallel(model, **MODES[mode][0]), model, mode, rank
-            )
-        found["given group"] = _given_group(rank)
-        found["no group"] = _message_without_group()
-        found["idle rank"] = _idle_rank(rank)
-        found["warnings"] = _warnings_in_backward_mode()
-        found["accumulated and reduced"] = _accumulated_and_reduced(rank)
-    finally:
-        torch.distributed.destroy_process_group()
-    torch.save(found, f"{folder}/{rank}.pt")
+    for rule, mode in CASES:
+        model = ghl.convert(_network(), RULES[rule], gate_at="step")
+        found[f"{rule}/{mode}"] = _train(DistributedDataParallel(model, **MODES[mode][0]), model, mode, rank)
+    found["given group"] = _given_group(rank)
+    found["no group"] = _message_without_group()
+    found["idle rank"] = _idle_rank(rank)
+    found["warnings"] = _warnings_in_backward_mode()
+    found["accumulated and reduced"] = _accumulated_and_reduced(rank)
+    found["unequal shares"] = _unequal_shares(rank)
+    found["frozen"] = _frozen(rank)
+    found["fused"] = _fused(rank)
+    found["branches"] = {case: _branches(rank, *case) for case in BRANCHES}
+    found["gradient without sums"] = _message_for_gradient_without_sums()
+    found["float32"] = _float32(rank)
+    found["join"] = _message_of_join(rank)  # last: it leaves the group in disorder
+    return found
 
 
 def _reduced_by_hand(model: nn.Module) -> None:
@@ -106,7 +109,7 @@ def _given_group(rank: int) -> list[Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     ghl.StepGate(optimizer, model, torch.distributed.group.WORLD)
     for step in range(STEPS):
-        ((x, target),) = small_batches(4 * WORLD, seed=step)
+        ((x, target),) = small_batches(8, seed=step)
         optimizer.zero_grad()
         F.cross_entropy(model(x[rank::WORLD]), target[rank::WORLD]).backward()
         _reduced_by_hand(model)
@@ -152,19 +155,227 @@ def _accumulated_and_reduced(rank: int) -> dict[str, list[Tensor]]:
         wrapped = DistributedDataParallel(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         ghl.StepGate(optimizer, wrapped)
-        for x, target in small_batches(4 * WORLD, 4 * WORLD):
+        for x, target in small_batches(8, 8):
             F.cross_entropy(wrapped(x[rank::WORLD]), target[rank::WORLD]).backward()
         optimizer.step()
         results[rule] = [p.detach().clone() for p in model.parameters()]
     return results
 
 
+def _shares(rank: int | None, size: int) -> slice:
+    """A rank's share of a batch of 7 or 2 items: 5 and 2, then 2 and none."""
+    if rank is None:
+        return slice(0, size)
+    cut = min(size, 5)
+    return slice(0, cut) if rank == 0 else slice(cut, size)
+
+
+def _unequal_shares(rank: int | None) -> list[Tensor]:
+    """The last batch of an epoch is short; the loss is the mean over the samples of all processes."""
+    model: nn.Module = ghl.convert(_network(), RULES["mean, sanger"], gate_at="step")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    wrapped = model if rank is None else DistributedDataParallel(model)
+    ghl.StepGate(optimizer, wrapped)
+    for step, size in enumerate([7, 7, 2] * 3 + [7]):
+        ((x, target),) = small_batches(size, seed=step)
+        share = _shares(rank, size)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(wrapped(x[share]), target[share], reduction="sum")
+        (loss * (1 if rank is None else WORLD) / size).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def _frozen(rank: int | None) -> list[Tensor]:
+    """One layer is frozen from the start, another after some steps."""
+    model = ghl.convert(_network(), RULES["softmax"], gate_at="step")
+    model[0].requires_grad_(False)
+    wrapped = model if rank is None else DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    ghl.StepGate(optimizer, wrapped)
+    for step in range(4):
+        if step == 2:
+            model[2].requires_grad_(False)
+            wrapped = model if rank is None else DistributedDataParallel(model)
+        ((x, target),) = small_batches(8, seed=step)
+        optimizer.zero_grad()
+        share = slice(None) if rank is None else slice(rank, None, WORLD)
+        F.cross_entropy(wrapped(x[share]), target[share]).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def _fused(rank: int | None) -> list[Tensor]:
+    """GHLSGD in place of SGD with a StepGate."""
+    model = ghl.convert(_network(), RULES["softmax"], gate_at="step")
+    wrapped = model if rank is None else DistributedDataParallel(model)
+    optimizer = ghl.GHLSGD(wrapped, lr=0.05, momentum=0.9)
+    for step in range(STEPS):
+        ((x, target),) = small_batches(8, seed=step)
+        optimizer.zero_grad()
+        share = slice(None) if rank is None else slice(rank, None, WORLD)
+        F.cross_entropy(wrapped(x[share]), target[share]).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+class _Branching(nn.Module):
+    """Samples go through one of two layers, as their first number says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = nn.ModuleList(nn.Linear(6, 4, bias=False) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        taken = x[:, 0] > 0
+        parts = [self.branches[i](x[taken == bool(i)]) for i in range(2) if (taken == bool(i)).any()]
+        return self.head(torch.cat(parts).tanh())
+
+
+# Which branches each process takes in each step; gradients zeroed to None; DDP's gradients are bucket views.
+TAKEN = [[(0, 1), (0, 1)], [(0,), (1,)], [(1,), (0, 1)], [(0,), (0,)], [(1,), (0,)], [(0, 1), (0, 1)]]
+BRANCHES = list(itertools.product((True, False), (True, False)))
+
+
+def _branches(rank: int | None, set_to_none: bool, bucket_view: bool) -> list[Tensor]:
+    """In some steps a process, or all of them, does not use a layer."""
+    model: nn.Module = ghl.convert(_Branching().double(), RULES["softmax"], exclude=["head"], gate_at="step")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    wrapped = model
+    if rank is not None:
+        wrapped = DistributedDataParallel(
+            model, find_unused_parameters=True, gradient_as_bucket_view=bucket_view
+        )
+    ghl.StepGate(optimizer, wrapped)
+    for step, taken in enumerate(TAKEN):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        for i, mine in enumerate(taken):  # the share of process i takes exactly its branches
+            signs = torch.tensor([(1.0 if b else -1.0) for b in mine]).repeat(4)[:4]
+            x[4 * i : 4 * i + 4, 0] = x[4 * i : 4 * i + 4, 0].abs() * signs
+        share = x if rank is None else x[4 * rank : 4 * rank + 4]
+        loss = wrapped(share).square().mean()
+        optimizer.zero_grad(
+            set_to_none
+        )  # between forward and backward, where a hook of DDP would be too early
+        loss.backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def _message_for_gradient_without_sums() -> str:
+    model = ghl.convert(_network(), gate_at="step")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    ghl.StepGate(optimizer, DistributedDataParallel(model))
+    before = model[0].weight.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    assert torch.equal(model[0].weight, before)
+    return str(error.value)
+
+
+def _float32(rank: int | None) -> list[Tensor]:
+    """Ten steps in single precision, of a rule whose update is continuous in what is rounded."""
+    model = ghl.convert(_network().float(), RULES["no gate"], gate_at="step")
+    wrapped = model if rank is None else DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    ghl.StepGate(optimizer, wrapped)
+    for step in range(10):
+        ((x, target),) = small_batches(8, dtype=torch.float32, seed=step)
+        optimizer.zero_grad()
+        share = slice(None) if rank is None else slice(rank, None, WORLD)
+        F.cross_entropy(wrapped(x[share]), target[share]).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def _message_of_join(rank: int) -> str:
+    model = DistributedDataParallel(ghl.convert(_network(), gate_at="step"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    ghl.StepGate(optimizer, model)
+
+    def train() -> None:
+        with model.join():
+            for x, target in small_batches(2, 2)[: 2 - rank]:
+                F.cross_entropy(model(x), target).backward()
+                optimizer.step()
+
+    with pytest.raises(RuntimeError) as error:
+        train()
+    return str(error.value)
+
+
+def _with_one_that_fails(rank: int, folder: Path) -> None:
+    """Two groups in turn: one process of the first hangs in its second step, and of the second dies in it."""
+    processes.join(rank, WORLD, folder / "store")
+    failures: dict[str, Any] = {"hangs": lambda: time.sleep(7), "dies": lambda: os._exit(0)}
+    for how, fail in failures.items():
+        group = torch.distributed.new_group(timeout=datetime.timedelta(seconds=4))
+        model = ghl.convert(_network(), RULES["softmax"], gate_at="step")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        ghl.StepGate(optimizer, model, group)
+        batches = small_batches(8, 8)
+        _backward(model, batches[0], rank)
+        optimizer.step()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        _backward(model, batches[1], rank)
+        plain = [p.grad.clone() for p in model.parameters()]
+        start = time.monotonic()
+        if rank == 1:
+            fail()
+        else:
+            with pytest.raises(RuntimeError):
+                optimizer.step()
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+            assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True))
+            torch.save(time.monotonic() - start, folder / f"{how}.pt")
+
+
+def _backward(model: nn.Module, batch: tuple[Tensor, Tensor], rank: int) -> None:
+    x, target = batch
+    F.cross_entropy(model(x[rank::WORLD]), target[rank::WORLD]).backward()
+    _reduced_by_hand(model)
+
+
+def test_process_that_hangs_or_dies_ends_the_others(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_with_one_that_fails, args=(rank, tmp_path)) for rank in range(WORLD)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert torch.load(tmp_path / "hangs.pt") < 10
+    assert torch.load(tmp_path / "dies.pt") < 10
+
+
+def _four(rank: int) -> dict[str, list[Tensor]]:
+    found = {}
+    for rule, mode in itertools.product(RULES, ("plain", "no_sync")):
+        model = ghl.convert(_network(), RULES[rule], gate_at="step")
+        found[f"{rule}/{mode}"] = _train(DistributedDataParallel(model), model, mode, rank)
+    return found
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path: Path) -> None:
+    found = processes.run(_four, 4, tmp_path)
+    for case in found[0]:
+        alone = _alone(*case.split("/"))
+        for replica in found:
+            assert all(torch.equal(a, b) for a, b in zip(replica[case], found[0][case], strict=True))
+            for ours, whole in zip(replica[case], alone, strict=True):
+                torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-10)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two processes found."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return processes.run(_rank, WORLD, tmp_path_factory.mktemp("ranks"))
 
 
 def _alone(rule: str, mode: str) -> list[Tensor]:
@@ -223,7 +434,7 @@ def test_sums_outlive_a_reduction_between_passes(ranks: list[dict[str, Any]], ru
     model = ghl.convert(copy.deepcopy(start), RULES[rule], gate_at="step")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     ghl.StepGate(optimizer, model)
-    for x, target in small_batches(4 * WORLD, 4 * WORLD):
+    for x, target in small_batches(8, 8):
         F.cross_entropy(model(x), target).backward()
     optimizer.step()
     layers = [f"{name}.weight" for name, m in model.named_modules() if hasattr(m, "rule")]
@@ -234,3 +445,37 @@ def test_sums_outlive_a_reduction_between_passes(ranks: list[dict[str, Any]], ru
         ours = (before - replicas[0][i]) / 0.05
         alone = (before - model.get_parameter(name).detach()) / 0.05
         torch.testing.assert_close(ours, alone, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["unequal shares", "frozen", "fused"])
+def test_two_processes_are_one(ranks: list[dict[str, Any]], case: str) -> None:
+    alone = {"unequal shares": _unequal_shares, "frozen": _frozen, "fused": _fused}[case](None)
+    replicas = [found[case] for found in ranks]
+    _assert_replicas_equal(replicas)
+    for ours, whole in zip(replicas[0], alone, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-10)
+
+
+def test_ten_steps_in_float32_differ_by_rounding(ranks: list[dict[str, Any]]) -> None:
+    replicas = [found["float32"] for found in ranks]
+    _assert_replicas_equal(replicas)
+    for ours, alone in zip(replicas[0], _float32(None), strict=True):
+        torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", BRANCHES)
+def test_layers_that_a_process_does_not_use(ranks: list[dict[str, Any]], case: tuple[bool, bool]) -> None:
+    replicas = [found["branches"][case] for found in ranks]
+    _assert_replicas_equal(replicas)
+    for ours, alone in zip(replicas[0], _branches(None, *case), strict=True):
+        torch.testing.assert_close(ours, alone, rtol=1e-9, atol=1e-10)
+
+
+def test_gradient_that_no_process_has_sums_for(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert "no Hebbian sums in any process" in found["gradient without sums"]
+
+
+def test_join_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert "DistributedDataParallel.join" in found["join"]

@@ -1,0 +1,161 @@
+"""StepGate for weights whose rows are spread over processes by ``torch.distributed.fsdp.fully_shard``.
+
+In a pass the layer computes with the gathered weight, so every process sums A and the moments of its
+share of the batch for all rows. At the step they are summed over the processes, and each applies the
+rule to its own rows; the largest |H| of a layer, where that is its scale, is the largest of all
+processes. This is exact where a row's decay needs that row alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim import Optimizer
+
+from ghl_kernels._processes import Processes, is_sharded
+from ghl_kernels.backends.eager import EPS, sum_dtype
+from ghl_kernels.nn import GHLLayer
+from ghl_kernels.step_gate import Attachment
+
+
+class ShardedAttachment(Attachment):
+    """One layer's part in a StepGate where its weight is sharded by rows.
+
+    FSDP keeps the gradient of a pass without gradient sync beside the gathered weight, and adds it to that
+    of the sharded one later. ``_accumulated[0]`` counts those passes whose gradient has arrived there.
+    """
+
+    weight: DTensor
+
+    def __init__(self, name: str, layer: GHLLayer, optimizer: Optimizer, processes: Processes) -> None:
+        self._processes = processes
+        super().__init__(name, layer, optimizer)
+
+    def delta(self, A: Tensor, moments: Tensor) -> Tensor:
+        """H of this process's rows; where it is normalized over the layer, before that."""
+        rule, W = self.layer.rule, self.weight.to_local().detach()
+        if rule.decay == "instar":
+            moments = torch.cat([self._rows(moments[:-1]), moments[-1:]])
+        sums = [t.to(sum_dtype(W.dtype)) for t in (self._rows(A), moments)]
+        normalize = "none" if rule.normalize == "layer" else rule.normalize
+        # per row, groups make no difference
+        return cast(Tensor, torch.ops.ghl.delta(*sums, W, 1, rule.decay, normalize))
+
+    def gated(self, H: Tensor) -> Tensor:
+        """What these rows of weight.grad become."""
+        G = cast(DTensor, self.weight.grad).to_local()
+        if self.layer.rule.gate == "none":
+            return H.neg().to(G.dtype)
+        return (H.abs() * G.sign()).to(G.dtype) + (G - G)
+
+    def observe(self, A: Tensor, moments: Tensor) -> None:
+        """RuntimeError if there is a probe: what it sees in a pass and at the step are not one weight."""
+        if self.layer._probe is not None:
+            raise RuntimeError(f"a Monitor cannot watch {self.name!r}, whose weight is sharded; remove it")
+
+    def swap(self, gated: Tensor) -> None:
+        """As for a whole weight, from this process's rows."""
+        weight = self.weight
+        super().swap(
+            DTensor.from_local(
+                gated,
+                weight.device_mesh,
+                weight.placements,
+                run_check=False,
+                shape=weight.shape,
+                stride=weight.stride(),
+            )
+        )
+
+    def _rows(self, total: Tensor) -> Tensor:
+        mesh, placements = self.weight.device_mesh, self.weight.placements
+        whole = DTensor.from_local(total, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return whole.redistribute(placements=placements).to_local()
+
+    def _is_attached(self, weight: Tensor) -> bool:
+        return not is_sharded(weight) and weight.shape == self.weight.shape
+
+    def _drop(self) -> None:
+        arrived, passed = self._accumulated
+        if arrived >= passed:
+            super()._drop()
+        elif arrived:
+            raise RuntimeError(
+                f"the gradient of {self.name!r} was zeroed after a pass without gradient sync, which FSDP "
+                "has yet to add to it; run the pass that reduces it first"
+            )
+
+    def _end_pass(self, weight: Tensor) -> None:
+        arrived, passed = self._accumulated
+        super()._end_pass(weight)
+        if passed > arrived:
+            self._accumulated[0] = passed
+
+    def _is_zero(self, grad: Tensor) -> Tensor:
+        arrived, passed = self._accumulated
+        if passed > arrived:  # whatever it is, FSDP holds a gradient that will be added to it
+            return torch.zeros((), dtype=torch.bool, device=grad.device)
+        # some process may hold nothing but rows without a gradient
+        alive = (cast(DTensor, grad).to_local() != 0).any().float()
+        return self._processes.maximum(alive) == 0
+
+
+def attach(
+    layers: Sequence[tuple[str, GHLLayer]], optimizer: Optimizer, processes: Processes
+) -> list[Attachment]:
+    """The attachments of all layers.
+
+    Raises:
+        ValueError: a weight sharded other than by rows, offloaded to the CPU, or whose decay mixes its rows.
+    """
+    for name, layer in layers:
+        _check_shards(name, layer)
+    return [ShardedAttachment(name, layer, optimizer, processes) for name, layer in layers]
+
+
+def gated(
+    active: Sequence[tuple[Attachment, list[Tensor]]], processes: Processes
+) -> Iterator[tuple[Attachment, Tensor]]:
+    """This process's rows of the gated gradient of every layer: the largest |H| of all by one all-reduce."""
+    layers = [(cast(ShardedAttachment, attachment), sums) for attachment, sums in active]
+    updates = [(attachment, attachment.delta(*sums)) for attachment, sums in layers]
+    if not updates:
+        return
+    largest = torch.stack([_largest(H) for _, H in updates])
+    # MAX need not return a NaN; an inf is as bad and does
+    scales = processes.maximum(torch.where(largest.isfinite(), largest, torch.inf))
+    scales = torch.where(scales.isfinite(), scales + EPS, torch.nan)
+    for (attachment, H), scale in zip(updates, scales, strict=True):
+        if attachment.layer.rule.normalize == "layer":
+            H = H / scale.to(H.dtype)
+        yield attachment, attachment.gated(H)
+
+
+def _largest(H: Tensor) -> Tensor:
+    """max |H| in float64, 0 of no rows."""
+    return H.abs().amax().double() if H.numel() else H.new_zeros((), dtype=torch.float64)
+
+
+def _check_shards(name: str, layer: GHLLayer) -> None:
+    weight = cast(DTensor, layer.weight)
+    *replicas, rows = weight.placements
+    if type(rows) is not Shard or rows.dim != 0 or any(placement != Replicate() for placement in replicas):
+        raise ValueError(
+            f"the weight of {name!r} must be sharded by rows, Shard(0) as fully_shard does by default, "
+            f"got {tuple(weight.placements)}"
+        )
+    if weight.device.type != weight.device_mesh.device_type:
+        raise ValueError(
+            f"the weight of {name!r} is offloaded to {weight.device.type}; StepGate takes weights on the "
+            f"mesh's {weight.device_mesh.device_type} devices"
+        )
+    if layer.rule.decay in ("subspace", "sanger"):
+        raise ValueError(
+            f"the decay {layer.rule.decay!r} of {name!r} mixes all rows of the weight, of which a process "
+            "holds some; shard a model with decay 'oja', 'instar' or 'none', or train with "
+            "DistributedDataParallel"
+        )
