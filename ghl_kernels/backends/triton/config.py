@@ -81,9 +81,10 @@ def tile(problem: Problem, arch: Arch) -> Tile:
 def candidates(problem: Problem, arch: Arch) -> Iterator[Tile]:
     """Tiles that compile within the architecture's limits, the first one being the default."""
     if problem.itemsize == 4:
-        # the three products of tf32x3 need their operands' rests in registers too; on sm_100 a second stage
-        # makes ptxas aim at fewer registers than there are, and spill
-        yield Tile(32, 32, 32, 4, 1 if arch.name == "sm_100" else 2)
+        # the three products of tf32x3 need their operands' rests in registers too, and single addresses a
+        # pair's; on sm_100 a second stage makes ptxas aim at fewer registers than there are, and spill
+        crowded = arch.name == "sm_100" or (problem.results == 2 and not problem.aligned)
+        yield Tile(32, 32, 32, 4, 1 if crowded else 2)
         return
     if arch.has_wgmma:
         yield from _wgmma_candidates(problem)
@@ -94,21 +95,27 @@ def candidates(problem: Problem, arch: Arch) -> Iterator[Tile]:
 
 
 def _wgmma_candidates(problem: Problem) -> Iterator[Tile]:
-    """sm_90, 16 bits. Fewer than 64 units a tile use mma.sync; narrow tiles with wgmma are serialized."""
+    """sm_90, 16 bits. Fewer than 64 units a tile use mma.sync; narrow tiles with wgmma are serialized.
+
+    In Triton 3.6 so is every tile of 64 units whose y is alone and from strided u, and many with a y that has
+    no state to bound it (C7515).
+    """
     narrow = problem.columns <= 128
+    serialized = narrow or not problem.bounded or (problem.results == 1 and not problem.aligned)
     if problem.units <= 16:
         yield Tile(16, 64 if narrow else 256, 64, 4 if narrow else 8, 3)
-    elif (
-        problem.units <= 32 or (narrow and problem.makes_y) or (problem.results == 1 and not problem.bounded)
-    ):
-        yield Tile(32, 128 if narrow else 256, 64 if problem.aligned else 32, 8, 3)
+    elif problem.units <= 32 or (problem.makes_y and serialized):
+        if problem.aligned:
+            yield Tile(32, 128 if narrow else 256, 64, 8, 3)
+        else:
+            yield Tile(32, 128 if narrow else 256, 32, 8, 2 if narrow else 3)
     elif problem.state_here and problem.units > 64:
         yield Tile(256, 64, 32 if problem.results == 2 else 64, 8, 3)
     elif problem.results == 2:
         yield Tile(64, 256, 64, 8, 3)
     elif problem.makes_y:
         yield Tile(64, 256, 64, 8, 4)
-        if problem.units > 64 and not problem.state_here and problem.aligned:
+        if problem.units > 64 and not problem.state_here:
             yield Tile(128, 128, 64, 8, 3)
     else:
         if problem.units > 64 and not narrow:
@@ -147,6 +154,16 @@ def _mfma_candidates(problem: Problem) -> Iterator[Tile]:
         if problem.results == 1 and problem.units > 64 and not problem.state_here:
             yield Tile(128, 128, 32, 8, 2)
         yield Tile(64, 128, 32, 8, 2)
+
+
+def registers(tile: Tile, arch: Arch) -> int | None:
+    """What a thread may take. Left alone ptxas aims at more blocks than slices() counts on, and spills.
+
+    None leaves it alone: where wgmma is used, whose accumulators settle the matter, and on AMD.
+    """
+    if arch.is_amd or (arch.has_wgmma and tile.units >= 64):
+        return None
+    return 255
 
 
 def within_tap(problem: Problem, tile: Tile) -> bool:

@@ -272,6 +272,7 @@ def correlate(
         unit_blocks * column_blocks * x.groups * slices.number,
         warps=tile.warps,
         stages=tile.stages,
+        registers=config.registers(tile, arch),
         x_ptr=x.tensor,
         a_ptr=a,
         g_ptr=g,

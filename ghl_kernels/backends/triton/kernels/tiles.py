@@ -55,8 +55,9 @@ def grid(u: Responses, inner: int = 0) -> Grid:
     return Grid(u.tensor, u.positions // inner, inner, inner * u.batch_stride, u.batch_stride, u.unit_stride)
 
 
-# Where every value needs an address ptxas would rather spill a few of them than run fewer blocks at a time.
-_REGISTERS_STRIDED = 255
+# For some tiles ptxas would rather spill than run fewer blocks at a time. It is told to take all registers
+# for those alone: told so for others it spills where it otherwise does not.
+_REGISTERS = 255
 
 
 class Tile(NamedTuple):
@@ -103,8 +104,8 @@ def tile_of(cut: Grid, units: int, winners: int, gpu: Arch) -> Tile:
     strided = not cut.vectors
     warps = max(1, min(_MOST_WARPS, positions * width // values))
     group = _group(units, width, winners, whole, 8 if strided else _VECTOR // itemsize, strided)
-    registers = _REGISTERS_STRIDED if strided and not gpu.is_amd else None
-    return Tile(positions, width, whole, group, strided, warps, registers)
+    spills = (strided and gpu.has_wgmma) or (is_tight and not whole)
+    return Tile(positions, width, whole, group, strided, warps, _REGISTERS if spills else None)
 
 
 def _group(units: int, width: int, winners: int, whole: bool, largest: int, strided: bool) -> int:
