@@ -53,7 +53,7 @@ sanitize: $(VENV)/dev  ## the kernel tests on a build with AddressSanitizer and 
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/cuda_on_host --threads -m "not slow" -k cuda_epilogue
 
 bench: $(VENV)/dev  ## the ratios that the project promises, measured here
-	$(BIN)/python -m bench.ratios
+	$(BIN)/python -m ghl_kernels bench --suite ratios
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build dist *.egg-info ghl_kernels/*.so

@@ -1,11 +1,11 @@
-"""Benchmarks: what a training step costs against backpropagation, and each operation against its rivals.
+"""Benchmarks: every operation and training step against its rivals and against the machine's limits.
 
-``python -m bench.ratios`` prints every ratio beside its bar; ``pytest bench`` times single operations;
-``python -m bench.crossover`` finds where the sparse correlation stops paying. Run from the repository root.
+``python -m ghl_kernels bench`` measures, prints, draws and compares; ``pytest bench`` times single
+operations; ``python -m bench.performance`` writes docs/performance.md. Run from the repository root.
 """
 
 import os
 
 # The profiler behind the memory rows logs every start and stop, which tears the progress bar apart.
-# It reads this once, when torch is imported.
+# It reads this when it is first used.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

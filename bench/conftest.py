@@ -1,13 +1,15 @@
-"""Shared by the microbenchmarks: pinned threads and the backends that run here."""
+"""Shared by the microbenchmarks: pinned threads, and one contender of one race timed by pytest-benchmark."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+import torch
 
-import ghl_kernels as ghl
 from bench.interleave import pinned_threads
+from bench.race import Contender, Race
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,11 +22,19 @@ def _pinned_threads(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["cpu", "eager"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test once with each backend of this package, skipping those that cannot run here."""
-    status = next(status for status in ghl.backends() if status.name == request.param)
-    if not status.available:
-        pytest.skip(f"backend {status.name}: {status.reason}")
-    with ghl.use_backend(request.param):
-        yield request.param
+@pytest.fixture
+def enter(benchmark: Any) -> Callable[[Race, Contender], None]:
+    """Check a contender against the float64 reference, then time it."""
+
+    def run(race: Race, contender: Contender) -> None:
+        if contender.absent:
+            pytest.skip(contender.absent)
+        if contender.compiled:
+            torch._dynamo.reset()  # it keeps a few shapes only, and raises at the next
+        inputs = race.inputs()
+        race.check(contender, inputs, race.expected(*inputs))
+        benchmark.group = f"{race.suite} {race.case}"
+        benchmark.extra_info.update(race.work._asdict())
+        benchmark(contender, *inputs)
+
+    return run

@@ -13,9 +13,6 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 
-from rich.console import Console
-from rich.table import Table
-
 from bench.correlation import Correlation, conv_correlation, linear_correlation
 from bench.interleave import Candidate, interleave, pinned_threads
 from bench.parity import assert_close
@@ -65,6 +62,9 @@ def sparse_cost(case: Correlation, options: argparse.Namespace) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
+    from rich.console import Console  # the rest is used where there may be no rich
+    from rich.table import Table
+
     parser = argparse.ArgumentParser(prog="python -m bench.crossover", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default 9)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ghl_kernels as ghl
-from bench.models import DeepHebb
 
 # H is scaled to a largest entry of 1; float32 sums over 32,768 positions leave about 1e-5 of it.
 TOLERANCE = 1e-4
@@ -29,63 +28,81 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float =
         raise ParityError(f"{name}: off by {error:.2e} of the largest entry, allowed {tolerance:.0e}")
 
 
-def check_step(
-    name: str,
-    model: DeepHebb,
-    x: Tensor,
-    target: Tensor,
-    rule: ghl.HebbianRule,
-    finish: Callable[[nn.Module], None] = lambda model: None,
-) -> None:
-    """|weight.grad| of every convolution after one training step is |H| of the rule.
+class Updates:
+    """H of every layer in a model's first step on a batch, by the reference, for any rule.
 
-    ``finish(model)`` is called between backward and the comparison.
+    Inputs and responses are recorded in one backprop step of the torch model in training mode. Whatever
+    computes the same rule sees the same ones, up to the rounding of its own forward. Kept for one rule at a
+    time, because the weights of a large network are large: ask rule by rule.
     """
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    hooks = [
-        conv.register_forward_hook(
-            lambda conv, args, u: seen.update({conv: (args[0].detach(), u.detach().clone())})
-        )
-        for conv in convolutions(model)
-    ]
-    model.zero_grad()
-    F.cross_entropy(model(x), target).backward()
-    finish(model)
-    for hook in hooks:
-        hook.remove()
-    for i, conv in enumerate(convolutions(model)):
-        layer_input, u = seen[conv]
-        H = _reference_delta(conv, layer_input, u, conv.weight.detach(), rule)
-        assert_close(f"{name}, convolution {i + 1}", conv.weight.grad.abs(), H.abs())
-    model.zero_grad()
+
+    def __init__(self, model: nn.Module, x: Tensor, target: Tensor) -> None:
+        self._seen: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+        self._rule: ghl.HebbianRule | None = None
+        self._updates: dict[str, Tensor] = {}
+        hooks = [
+            layer.register_forward_hook(lambda layer, args, u, name=name: self._record(name, layer, *args, u))
+            for name, layer in model.named_modules()
+            if isinstance(layer, (nn.Conv2d, nn.Linear))
+        ]
+        try:
+            F.cross_entropy(model(x), target).backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # sign(0) = 0: the weights of a unit behind a dead ReLU do not move
+        self._gates = {name: layer.weight.grad != 0 for name, (layer, _, _) in self._seen.items()}
+        model.zero_grad()
+
+    def of(self, name: str, rule: ghl.HebbianRule) -> Tensor:
+        """H of the layer's weight, of its shape and dtype."""
+        if rule != self._rule:
+            self._rule, self._updates = rule, {}
+        if name not in self._updates:
+            self._updates[name] = self._reference(name, rule)
+        return self._updates[name]
+
+    def gated(self, name: str, rule: ghl.HebbianRule) -> Tensor:
+        """|H| where the task gradient is not 0."""
+        return self.of(name, rule).abs() * self._gates[name]
+
+    def _record(self, name: str, layer: nn.Module, x: Tensor, u: Tensor) -> None:
+        # what follows may change u in place; x has been changed by then
+        self._seen[name] = (layer, x.detach().clone(), u.detach().clone())
+
+    def _reference(self, name: str, rule: ghl.HebbianRule) -> Tensor:
+        layer, x, u = self._seen[name]
+        weight = layer.weight.detach()
+        tensors = x.double(), u.double(), weight.double()
+        if isinstance(layer, nn.Linear):
+            return ghl.reference.linear_delta(*tensors, rule).to(weight.dtype)
+        conv = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        return ghl.reference.conv_delta(*tensors, rule, **conv).to(weight.dtype)
 
 
 @torch.no_grad()
-def check_learn(name: str, model: DeepHebb, x: Tensor, rule: ghl.HebbianRule, lr: float = 0.5) -> None:
-    """The weight change of every convolution in one local pass is lr * H; weights are restored."""
-    for i, stage in enumerate(model.stages):
-        norm, conv, activation, pool = stage
-        before = conv.weight.clone()
-        x = norm(x)
-        u = conv.learn_(x, lr)
-        H = _reference_delta(conv, x, u, before, rule)
-        assert_close(f"{name}, convolution {i + 1}", (conv.weight - before) / lr, H)
-        conv.weight.copy_(before)
-        x = pool(activation(u))
+def check_update(
+    run: Callable[[], object],
+    layers: Iterable[tuple[str, nn.Module]],
+    updates: Updates,
+    rule: ghl.HebbianRule,
+    lr: float,
+    *,
+    signed: bool,
+) -> None:
+    """Run a step that starts where ``updates`` was recorded; every weight has to change by lr H.
 
+    Only the size of the change is compared, unless ``signed``: the gate takes H's sign away, and leaves 0
+    where the task gradient is 0.
 
-def convolutions(model: nn.Module) -> Iterator[nn.Conv2d]:
-    return (module for module in model.modules() if isinstance(module, nn.Conv2d))
-
-
-def _reference_delta(conv: nn.Conv2d, x: Tensor, u: Tensor, weight: Tensor, rule: ghl.HebbianRule) -> Tensor:
-    return ghl.reference.conv_delta(
-        x.double(),
-        u.double(),
-        weight.double(),
-        rule,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-    )
+    Raises:
+        ParityError: a layer's weight changed by something else.
+    """
+    expected = updates.of if signed else updates.gated
+    # the weights may be those of the recorded model: the reference needs them as they are before the step
+    before = [(name, layer, layer.weight.clone(), expected(name, rule)) for name, layer in layers]
+    with torch.enable_grad():
+        run()
+    for name, layer, weight, H in before:
+        change = (layer.weight - weight) / lr
+        assert_close(name, change if signed else change.abs(), H)

@@ -1,23 +1,16 @@
-"""Rows beside their bars: the table that is printed and the JSON that is kept."""
+"""What a benchmark reports: rows beside their bars, kept as JSON (bench/tables.py prints them)."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
-import subprocess
-from collections.abc import Sequence
-
-import torch
-from rich.table import Table
-from rich.text import Text
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bench.interleave import Spread
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+FORMAT = 2  # of the JSON documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,95 +27,143 @@ class Bar:
         return f"{'>=' if self.at_least else '<='} {self.limit:g}x"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One ratio. ``bar`` is None for a rival: it is shown, not judged."""
+    """One contender on one case.
+
+    Attributes:
+        suite: which part of the benchmark.
+        name: the contender.
+        case: shape and rule, or the network.
+        against: what ``ratio`` is a multiple of.
+        ratio: time as a multiple of the reference's, per round; with ``speedup`` how many times faster.
+            None where nothing was timed: ``error`` or ``note`` says why.
+        speedup: larger ratios are better.
+        bar: what the median has to reach; None for what is shown and not judged.
+        stable: the ratio may be compared between runs on a shared machine.
+        baseline: code of the baseline (bench.baselines.BASELINES); None for this package.
+        seconds, against_seconds: of one run of the contender and of the reference.
+        operations, bytes: what the case needs at least; multiplications and additions count one each.
+        floor_seconds: max(bytes / bandwidth, operations / rate) of the machine, measured in the same run.
+        peak_ratio: peak memory as a multiple of the reference's.
+        images_per_second: of a training step.
+        fraction: winners / units where few units win.
+        note: what a reader has to know.
+        error: why the contender failed.
+    """
 
     suite: str
     name: str
-    against: str
-    ratio: Spread
-    absolute: str
+    case: str = ""
+    against: str = ""
+    ratio: Spread | None = None
+    speedup: bool = False
     bar: Bar | None = None
+    stable: bool = False
+    baseline: str | None = None
+    seconds: Spread | None = None
+    against_seconds: Spread | None = None
+    operations: float | None = None
+    bytes: float | None = None
+    floor_seconds: float | None = None
+    peak_ratio: float | None = None
+    images_per_second: float | None = None
+    fraction: float | None = None
+    note: str | None = None
+    error: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What names the row in every run."""
+        return self.suite, self.case, self.name, self.against
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the contender is of this package."""
+        return self.name.startswith(("ghl ", "GHL", "learn_"))
 
     @property
     def met(self) -> bool | None:
-        return None if self.bar is None else self.bar.met_by(self.ratio.median)
+        """Whether the bar is met; None without a bar. A row that failed misses its bar."""
+        if self.bar is None:
+            return None
+        return self.ratio is not None and self.bar.met_by(self.ratio.median)
+
+    @property
+    def of_floor(self) -> float | None:
+        """Time as a multiple of the floor."""
+        if self.seconds is None or not self.floor_seconds:
+            return None
+        return self.seconds.median / self.floor_seconds
+
+    @property
+    def intensity(self) -> float | None:
+        """Operations per byte that has to be moved."""
+        return self.operations / self.bytes if self.operations and self.bytes else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the fields that are at their defaults."""
+        plain = dataclasses.asdict(self)
+        return {
+            field.name: plain[field.name]
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Row:
+        """The inverse of to_json.
+
+        Raises:
+            TypeError: a field that a row does not have, or one that is missing.
+        """
+        fields = dict(document)
+        for name, kind in (("ratio", Spread), ("seconds", Spread), ("against_seconds", Spread), ("bar", Bar)):
+            if fields.get(name) is not None:
+                fields[name] = kind(**fields[name])
+        return cls(**fields)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Every row, met or not."""
-    out = Table(title="Ratios: median of the rounds", title_justify="left")
-    for heading in ("suite", "what", "against"):
-        out.add_column(heading)
-    for heading in ("measured", "ratio", "p20 - p80", "bar", "met"):
-        out.add_column(heading, justify="right", no_wrap=True)
-    suite = None
-    for row in rows:
-        if suite not in (None, row.suite):
-            out.add_section()
-        suite = row.suite
-        verdict = {None: Text("-"), True: Text("yes", "green"), False: Text("NO", "bold red")}[row.met]
-        out.add_row(
-            row.suite,
-            row.name,
-            row.against,
-            row.absolute,
-            f"{row.ratio.median:.3f}x",
-            f"{row.ratio.p20:.3f} - {row.ratio.p80:.3f}",
-            "-" if row.bar is None else str(row.bar),
-            verdict,
-        )
-    return out
+def duration(seconds: float) -> str:
+    """With three digits and the unit that suits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
 
 
-def write_json(path: pathlib.Path, rows: Sequence[Row], settings: dict[str, object]) -> None:
-    """Write the rows with the machine, the versions, the commit and the settings they were measured with."""
-    rows_out = [
-        dataclasses.asdict(row) | {"bar": None if row.bar is None else str(row.bar), "met": row.met}
-        for row in rows
-    ]
-    document = {"environment": environment(), "settings": settings, "rows": rows_out}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n")
-
-
-def environment() -> dict[str, object]:
-    """The machine, the versions and the commit."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "ghl_kernels": _version("ghl_kernels"),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+def write_json(
+    path: pathlib.Path, rows: Sequence[Row], settings: Mapping[str, object], machine: Mapping[str, object]
+) -> None:
+    """Write the rows with the machine and the settings that they were measured on and with."""
+    document = {
+        "format": FORMAT,
+        "machine": machine,
+        "settings": settings,
+        "rows": [row.to_json() for row in rows],
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
-def _cpu_model() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    if "model name" not in fields:
-        return platform.processor()
-    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
+class Document:
+    """A JSON document that write_json wrote.
 
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is something else than such a document.
+    """
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    def __init__(self, path: pathlib.Path) -> None:
+        try:
+            document = json.loads(path.read_text())
+        except ValueError:
+            document = None
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ValueError(f"{path} is no benchmark document of format {FORMAT}")
+        self.machine: dict[str, Any] = document["machine"]
+        self.settings: dict[str, Any] = document["settings"]
+        try:
+            self.rows = [Row.from_json(row) for row in document["rows"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} has a row that is none: {error}") from None

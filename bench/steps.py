@@ -1,106 +1,340 @@
-"""Training steps of DeepHebb, one builder a method; all are checked against the reference before timing."""
+"""Training steps and local passes on a CPU, every method on every network, against a backprop step.
+
+Each method's first step is compared with the float64 reference before it is timed: its weights have to
+change by lr |H| (by lr H where nothing is gated). All methods on a network share one set of weights, which
+is put back before every run; they are timed in turn, round by round.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import copy
+import dataclasses
+import functools
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import ghl_kernels as ghl
-from bench import parity
-from bench.baselines import unfold
-from bench.interleave import Candidate
-from bench.models import DeepHebb
-from bench.report import Bar
+from bench import parity, work
+from bench.interleave import Candidate, Spread, Timing, interleave, pinned_threads
+from bench.report import Bar, Row
+from bench.training import (
+    AUTHORS,
+    SOFTHEBB,
+    Method,
+    by_learning,
+    by_rule,
+    dense_passes,
+    learning_layers,
+    operations,
+    training_step,
+)
+from examples.models import MODELS, VGG
+from ghl_kernels.demo.memory import peak_bytes
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 SEED = 0
 LR = 0.01
+BACKPROP = "backprop"
+_WARMUP = 1
+
 SOFTMAX = ghl.HebbianRule.ghl()
-WINNERS = ghl.HebbianRule.kwta(0.02)
+_WINNERS = {f"winners={fraction}": ghl.HebbianRule.kwta(fraction) for fraction in (0.02, 0.004)}
 
 
-def images(batch: int) -> tuple[Tensor, Tensor]:
-    """A batch the size of CIFAR-10's: (B, 3, 32, 32) and labels (B,)."""
-    generator = torch.Generator().manual_seed(SEED)
-    x = torch.randn(batch, 3, 32, 32, generator=generator)
-    return x, torch.randint(10, (batch,), generator=generator)
+class Network(NamedTuple):
+    """A network and the batch on which a backprop step takes about a second on two cores.
+
+    ``sums_at`` is where the sums of a softmax rule take the least memory: "backward" where batch norm
+    keeps the responses anyway.
+    """
+
+    build: Callable[[], nn.Module]
+    batch: int
+    size: int = 32
+    classes: int = 10
+    sums_at: str = "forward"
 
 
-def deephebb() -> DeepHebb:
-    """The same weights at every call."""
-    torch.manual_seed(SEED)
-    return DeepHebb()
-
-
-def training_step(
-    model: nn.Module, x: Tensor, target: Tensor, finish: Callable[[nn.Module], None] = lambda model: None
-) -> Callable[[], None]:
-    """Forward, cross-entropy, backward, ``finish(model)``, SGD step."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), target).backward()
-        finish(model)
-        optimizer.step()
-
-    return step
-
-
-def restorer(model: nn.Module) -> Callable[[], None]:
-    """A function that puts the model's parameters and buffers back to what they are now."""
-    saved = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
-
-    @torch.no_grad()
-    def restore() -> None:
-        for tensor, value in saved:
-            tensor.copy_(value)
-
-    return restore
-
-
-def backprop(x: Tensor, target: Tensor) -> Candidate:
-    """B0: the model as it is."""
-    model = deephebb()
-    return Candidate("backprop", training_step(model, x, target), restorer(model))
-
-
-def ghl_step(name: str, rule: ghl.HebbianRule, x: Tensor, target: Tensor) -> Candidate:
-    """The converted model in the same loop."""
-    model = ghl.convert(deephebb(), rule)
-    parity.check_step(name, model, x, target, rule)
-    return Candidate(name, training_step(model, x, target), restorer(model))
-
-
-def authors_step(name: str, x: Tensor, target: Tensor) -> Candidate:
-    """B1: unfold, one product per sample, gate by hand."""
-    model = unfold.convert(deephebb())
-    parity.check_step(name, model, x, target, SOFTMAX, unfold.gate_)
-    return Candidate(name, training_step(model, x, target, unfold.gate_), restorer(model))
-
-
-def local_pass(name: str, rule: ghl.HebbianRule, x: Tensor) -> Candidate:
-    """``learn_`` layer by layer, no backward."""
-    model = ghl.convert(deephebb(), rule)
-    parity.check_learn(name, model, x, rule)
-    return Candidate(name, lambda: model.learn_(x, LR), restorer(model))
-
-
-class Method(NamedTuple):
-    """A way to train; ``bar`` is its cost as a multiple of a backprop step, None for a rival."""
-
-    suite: str
-    build: Callable[[str, Tensor, Tensor], Candidate]
-    bar: Bar | None
-
+NETWORKS = {
+    "DeepHebb": Network(MODELS["deephebb"], 32),
+    "FastHebb": Network(MODELS["fasthebb"], 64),
+    # no bias, which the authors' algorithm does not have
+    "VGG-16": Network(functools.partial(VGG, bias=False), 1, 224, 1000),
+    "ResNet-18": Network(MODELS["resnet18"], 4, 224, 1000, "backward"),
+    "ResNet-20": Network(MODELS["resnet20"], 64, sums_at="backward"),
+    "ResNet-50": Network(MODELS["resnet50"], 4, 224, 1000, "backward"),
+}
 
 METHODS = {
-    "GHL softmax": Method("step", lambda name, x, target: ghl_step(name, SOFTMAX, x, target), Bar(1.42)),
-    "GHL winners=0.02": Method("step", lambda name, x, target: ghl_step(name, WINNERS, x, target), Bar(1.10)),
-    "authors' algorithm (unfold)": Method("step", authors_step, None),
-    "learn_ softmax": Method("local", lambda name, x, target: local_pass(name, SOFTMAX, x), Bar(0.75)),
-    "learn_ winners=0.02": Method("local", lambda name, x, target: local_pass(name, WINNERS, x), Bar(0.45)),
+    method.name: method
+    for method in (
+        Method(BACKPROP, baseline="B0"),
+        Method("backprop, compiled", compiled=True, baseline="B0"),
+        by_rule("GHL softmax", SOFTMAX),
+        by_rule("GHL softmax, gate_at=step", SOFTMAX, gate_at="step"),
+        by_rule("GHL softmax, compiled", SOFTMAX, compiled=True),
+        AUTHORS,
+        by_learning("learn_ softmax", SOFTMAX),
+        *(
+            method
+            for winners, rule in _WINNERS.items()
+            for method in (
+                by_rule(f"GHL {winners}", rule),
+                by_rule(f"GHL {winners}, gate_at=step", rule, gate_at="step"),
+                by_learning(f"learn_ {winners}", rule),
+            )
+        ),
+        SOFTHEBB,
+    )
 }
+
+# Cost as a multiple of a backprop step.
+BARS = {
+    ("DeepHebb", "GHL softmax"): Bar(1.42),
+    ("DeepHebb", "GHL winners=0.02"): Bar(1.10),
+    ("DeepHebb", "learn_ softmax"): Bar(0.75),
+    ("DeepHebb", "learn_ winners=0.02"): Bar(0.45),
+}
+
+
+class MemoryCase(NamedTuple):
+    """A network and a way to train it, and what its peak may be as a multiple of backprop's."""
+
+    network: str
+    method: str
+    bar: Bar | None = None
+
+
+MEMORY_BATCH = 64
+MEMORY = (
+    MemoryCase("DeepHebb", "GHL softmax", Bar(1.15)),
+    MemoryCase("DeepHebb", "GHL winners=0.02", Bar(1.02)),
+    MemoryCase("DeepHebb", AUTHORS.name),
+    MemoryCase("ResNet-20", "GHL softmax", Bar(1.02)),
+    MemoryCase("ResNet-20", "GHL winners=0.02", Bar(1.02)),
+)
+
+
+class Workload:
+    """A network, its batch (B, 3, size, size) with labels (B,), and the weights that all methods start from.
+
+    Args:
+        network: what is trained.
+        batch: in place of the network's.
+    """
+
+    def __init__(self, network: Network, batch: int | None = None) -> None:
+        self.network = network
+        self.batch = batch or network.batch
+        torch.manual_seed(SEED)
+        self.x = torch.randn(self.batch, 3, network.size, network.size)
+        self.target = torch.randint(network.classes, (self.batch,))
+        self._model = network.build()
+        self._initial = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+        self.passes = dense_passes(self._model, self.x)
+
+    @functools.cached_property
+    def updates(self) -> parity.Updates:
+        """The reference's first step."""
+        self._restore(self._model)
+        return parity.Updates(self._model, self.x, self.target)
+
+    def prepare(self, method: Method) -> Trainee:
+        """A model of the method's own on the shared weights; its ``reset`` puts them back."""
+        memo = {id(p): nn.Parameter(p.detach()) for p in self._model.parameters()}
+        model = method.prepare(copy.deepcopy(self._model, memo), self.network.sums_at)
+        if method.local is None:
+            optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+            run = training_step(method, model, self.x, self.target, optimizer)
+        else:
+            run = functools.partial(method.local, model, self.x, LR)
+        return Trainee(method, model, Candidate(method.name, run, lambda: self._restore(model)))
+
+    def check(self, trainee: Trainee) -> None:
+        """Compare the first step with the reference.
+
+        Raises:
+            ParityError: it is another one.
+        """
+        method, (run, reset) = trainee.method, (trainee.candidate.run, trainee.candidate.reset)
+        reset()
+        if method.rule is None:
+            run()
+        else:
+            layers = learning_layers(trainee.model).items()
+            signed = method.local is not None
+            parity.check_update(run, layers, self.updates, method.rule, LR, signed=signed)
+
+    def operations(self, trainee: Trainee) -> float:
+        """What a step of it has to multiply and add."""
+        return operations(trainee.method, self.passes, set(learning_layers(trainee.model)))
+
+    @torch.no_grad()
+    def _restore(self, model: nn.Module) -> None:
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(self._initial[name])
+
+
+class Trainee(NamedTuple):
+    """A method made ready on a workload."""
+
+    method: Method
+    model: nn.Module
+    candidate: Candidate
+
+    def peak(self) -> int:
+        """Most bytes held during a step beyond weights, buffers and the batch."""
+        self.candidate.reset()
+        self.candidate.run()  # the first step allocates what every later one finds in place
+        return peak_bytes(self.candidate.run)
+
+
+def step_rows(
+    network: str,
+    methods: Sequence[str],
+    rounds: int,
+    threads: int,
+    progress: Progress,
+    ceilings: Mapping[str, float] | None = None,
+) -> list[Row]:
+    """Check, time and weigh some methods on a network, against an eager backprop step of the same rounds.
+
+    Args:
+        network: a name of ``NETWORKS``.
+        methods: names of ``METHODS``; "backprop" takes part whether named or not.
+        rounds: timed steps of each method.
+        threads: torch's intra-op threads.
+        progress: gets a task that counts every preparation and run.
+        ceilings: of bench.ceilings, for the floor; None: rows have none.
+
+    Returns:
+        A row for each method, backprop first; where a method could not be timed, with the reason.
+
+    Raises:
+        ValueError: an unknown network or method.
+    """
+    chosen = _chosen(network, methods)
+    runs = _WARMUP + rounds
+    task = progress.add_task(f"{network}, training steps", total=len(chosen) * (1 + runs))
+    torch._dynamo.reset()  # a compiler keeps few models of one class, and needs none of the last network's
+    rows: dict[str, Row] = {}
+    ready: dict[str, Trainee] = {}
+    with pinned_threads(threads):  # compiled code has the number of threads built in
+        workload = Workload(NETWORKS[network])
+        for method in chosen:
+            row, trainee = _ready(network, workload, method)
+            rows[method.name] = row
+            if trainee is not None:
+                ready[method.name] = trainee
+            progress.advance(task, 1 if trainee else 1 + runs)
+        peaks = {name: trainee.peak() for name, trainee in ready.items()}
+        timings = interleave(
+            [trainee.candidate for trainee in ready.values()],
+            rounds=rounds,
+            threads=threads,
+            warmup=_WARMUP,
+            on_run=lambda: progress.advance(task),
+        )
+    counted = {name: workload.operations(trainee) for name, trainee in ready.items()}
+    for name, timing in timings.items():
+        rows[name] = dataclasses.replace(
+            rows[name],
+            **_measured(timing, workload.batch),
+            **_arithmetic(counted[name], counted[BACKPROP], ceilings or {}, METHODS[name].note),
+            peak_ratio=peaks[name] / peaks[BACKPROP],
+        )
+    return list(rows.values())
+
+
+def memory_rows(progress: Progress) -> list[Row]:
+    """Peak memory of a training step at B = 64; exact and repeatable, so each is run once."""
+    networks = list(dict.fromkeys(case.network for case in MEMORY))
+    task = progress.add_task("peak memory", total=len(networks) + len(MEMORY))
+    rows = []
+    for network in networks:
+        workload = Workload(NETWORKS[network], MEMORY_BATCH)
+        backprop = workload.prepare(METHODS[BACKPROP]).peak()
+        progress.advance(task)
+        for case in (case for case in MEMORY if case.network == network):
+            peak = workload.prepare(METHODS[case.method]).peak()
+            progress.advance(task)
+            rows.append(
+                Row(
+                    suite="memory",
+                    case=f"{network} B={MEMORY_BATCH}",
+                    name=case.method,
+                    against=BACKPROP,
+                    ratio=Spread.of([peak / backprop]),
+                    bar=case.bar,
+                    stable=True,
+                    baseline=METHODS[case.method].baseline,
+                    peak_ratio=peak / backprop,
+                    note=f"{peak / 2**20:.0f} MiB, backprop {backprop / 2**20:.0f} MiB",
+                )
+            )
+    return rows
+
+
+def _chosen(network: str, methods: Sequence[str]) -> list[Method]:
+    """In the order of ``METHODS``, which keeps together those of one rule."""
+    if network not in NETWORKS:
+        raise ValueError(f"network must be one of {list(NETWORKS)}, got {network!r}")
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise ValueError(f"methods must be among {list(METHODS)}, got {unknown}")
+    wanted = {BACKPROP, *methods}
+    return [method for name, method in METHODS.items() if name in wanted and method.trains(network)]
+
+
+def _ready(network: str, workload: Workload, method: Method) -> tuple[Row, Trainee | None]:
+    """The method's row without a time, and the method itself if it is here and right."""
+    row = Row(
+        suite="step" if method.local is None else "local",
+        case=f"{network} B={workload.batch}, {workload.network.size} x {workload.network.size}",
+        name=method.name,
+        against=BACKPROP,
+        bar=BARS.get((network, method.name)),
+        stable=method.baseline is None and not method.compiled,
+        baseline=method.baseline,
+    )
+    compiler = os.environ.get("CXX", "g++")  # as Inductor chooses it
+    if method.compiled and shutil.which(compiler) is None:
+        return dataclasses.replace(row, note=f"absent: torch.compile needs the C++ compiler {compiler}"), None
+    try:
+        trainee = workload.prepare(method)
+        workload.check(trainee)
+    except Exception as error:  # whatever is wrong with one method, the others go on
+        if method.name == BACKPROP:
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return dataclasses.replace(row, error=f"{type(error).__name__}: {reason[:200]}"), None
+    return row, trainee
+
+
+def _measured(timing: Timing, batch: int) -> dict[str, Any]:
+    seconds = Spread.of(timing.seconds)
+    return {
+        "ratio": timing.cost,
+        "seconds": seconds,
+        "against_seconds": Spread.of(timing.baseline),
+        "images_per_second": batch / seconds.median,
+    }
+
+
+def _arithmetic(
+    own: float, backprop: float, ceilings: Mapping[str, float], note: str | None
+) -> dict[str, Any]:
+    """Operations of a step and the time they take at the matrix rate; bytes are not counted here."""
+    arithmetic = f"{own / backprop:.2f}x the arithmetic"
+    return {
+        "operations": own,
+        "floor_seconds": work.floor_seconds(ceilings, "fp32", 0.0, own),
+        "note": f"{arithmetic}; {note}" if note else arithmetic,
+    }

@@ -1,18 +1,23 @@
-"""Training steps of DeepHebb at B = 8; ``python -m bench.ratios`` compares them at B = 32, interleaved."""
+"""Training steps and local passes of DeepHebb at B = 8; the suites "step" and "local" interleave them."""
 
 from __future__ import annotations
 
 import pytest
 
-from bench.steps import METHODS, backprop, images
+from bench.steps import METHODS, NETWORKS, Workload
 
 BATCH = 8
 ROUNDS = 5
 
 
-@pytest.mark.parametrize("name", ["backprop", *METHODS])
-def test_step(benchmark, name: str) -> None:
-    x, target = images(BATCH)
-    candidate = backprop(x, target) if name == "backprop" else METHODS[name].build(name, x, target)
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    return Workload(NETWORKS["DeepHebb"], BATCH)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_step(benchmark, workload: Workload, name: str) -> None:
+    trainee = workload.prepare(METHODS[name])
+    workload.check(trainee)
     benchmark.group = f"DeepHebb B={BATCH} training step"
-    benchmark.pedantic(candidate.run, setup=candidate.reset, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(trainee.candidate.run, setup=trainee.candidate.reset, rounds=ROUNDS, warmup_rounds=1)

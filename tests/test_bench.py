@@ -1,20 +1,19 @@
-"""The benchmark harness: its arithmetic on a fake clock, its models, its baselines. Nothing is timed."""
+"""The benchmark harness: its arithmetic on a fake clock, its models. Nothing is timed."""
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
-from bench import interleave, report
-from bench.baselines import topk, unfold
+from bench import interleave, report, tables
 from bench.crossover import crossover
 from bench.interleave import Candidate, Spread, Timing
-from bench.models import DeepHebb, ResNet, Triangle
 from bench.report import Bar, Row
-from ghl_kernels import reference
-from ghl_kernels.rule import HebbianRule
 
 
 class FakeClock:
@@ -115,119 +114,98 @@ def test_bar(bar: Bar, met: float, missed: float) -> None:
     assert not bar.met_by(missed)
 
 
+def row(name: str = "ours", median: float = 1.0, **fields: object) -> Row:
+    fields = {
+        "suite": "step",
+        "against": "backprop",
+        "ratio": Spread(median, 0.9 * median, 1.1 * median),
+    } | fields
+    return Row(name=name, **fields)
+
+
 def test_report_keeps_rows_that_miss_their_bar(tmp_path) -> None:
-    rows = [
-        Row("step", "fast", "backprop", Spread(1.0, 0.9, 1.1), "1 ms", Bar(1.42)),
-        Row("step", "slow", "backprop", Spread(2.0, 1.9, 2.1), "2 ms", Bar(1.42)),
-        Row("step", "rival", "backprop", Spread(2.3, 2.2, 2.4), "2 ms"),
-    ]
-    report.write_json(tmp_path / "new" / "out.json", rows, {"threads": 2, "rounds": 25})
-    document = json.loads((tmp_path / "new" / "out.json").read_text())
-    assert [row["met"] for row in document["rows"]] == [True, False, None]
-    assert document["rows"][1]["ratio"]["median"] == 2.0
-    assert document["settings"] == {"threads": 2, "rounds": 25}
-    assert {"cpu", "commit", "torch", "ghl_kernels", "python"} <= document["environment"].keys()
-    assert report.table(rows).row_count == 3
+    rows = [row("fast", bar=Bar(1.42)), row("slow", 2.0, bar=Bar(1.42)), row("rival", 2.3)]
+    path = tmp_path / "new" / "out.json"
+    report.write_json(path, rows, {"threads": 2}, {"commit": "abc"})
+    document = report.Document(path)
+    assert document.rows == rows
+    assert [kept.met for kept in document.rows] == [True, False, None]
+    assert document.settings == {"threads": 2}
+    assert document.machine == {"commit": "abc"}
 
 
-def test_deephebb_has_the_published_shapes() -> None:
-    model = DeepHebb()
-    sizes = []
-    for stage in model.stages:
-        stage[1].register_forward_hook(lambda conv, args, u: sizes.append(tuple(u.shape[1:])))
-    with torch.no_grad():
-        logits = model(torch.zeros(1, 3, 32, 32))
-    assert sizes == [(96, 32, 32), (384, 16, 16), (1536, 8, 8)]
-    assert model.classifier.in_features == 24576
-    assert logits.shape == (1, 10)
+def test_a_row_survives_json_with_every_field() -> None:
+    spread = Spread(2.0, 1.0, 3.0)
+    values = {"speedup": True, "stable": True, "bar": Bar(8.0, at_least=True)}
+    values |= dict.fromkeys(("ratio", "seconds", "against_seconds"), spread)
+    values |= dict.fromkeys(("suite", "name", "case", "against", "baseline", "note", "error"), "text")
+    numbers = ("operations", "bytes", "floor_seconds", "peak_ratio", "images_per_second", "fraction")
+    full = Row(**values, **dict.fromkeys(numbers, 0.5))
+    assert {field.name for field in dataclasses.fields(Row)} == full.to_json().keys()
+    assert Row.from_json(json.loads(json.dumps(full.to_json()))) == full
 
 
-@pytest.mark.parametrize("argument", [{"size": 12}, {"size": 0}, {"activation": "tanh"}])
-def test_deephebb_refuses(argument: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="got"):
-        DeepHebb(**argument)
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 1, "rows": []}', "no json"])
+def test_a_document_of_something_else_is_refused(tmp_path, content: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="no benchmark document"):
+        report.Document(path)
 
 
-def test_triangle() -> None:
-    u = torch.tensor([0.0, 2.0, 7.0]).view(1, 3, 1, 1)
-    assert Triangle()(u).flatten().tolist() == [0.0, 0.0, 4.0]
-    assert Triangle(0.5)(u).flatten().tolist() == [0.0, 0.0, 2.0]
+def test_a_document_with_an_unknown_field_is_refused(tmp_path) -> None:
+    path = tmp_path / "other.json"
+    report.write_json(path, [row()], {}, {})
+    path.write_text(path.read_text().replace('"against"', '"instead"'))
+    with pytest.raises(ValueError, match="instead"):
+        report.Document(path)
 
 
-def test_resnet20_has_the_published_size() -> None:
-    model = ResNet(blocks=3)
-    with torch.no_grad():
-        logits = model(torch.zeros(2, 3, 32, 32))
-    assert logits.shape == (2, 10)
-    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
-    assert len(convolutions) == 19
-    assert sum(conv.weight.numel() for conv in convolutions) == 267_696
+def test_a_failed_row_misses_its_bar() -> None:
+    assert row(ratio=None, error="wrong", bar=Bar(1.0)).met is False
 
 
-@pytest.mark.parametrize(
-    ("stride", "padding", "dilation"), [(1, 1, 1), (2, 0, 1), ((1, 2), (2, 1), (2, 1))], ids=str
-)
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_unfold_is_the_ghl_rule(stride, padding, dilation, temperature: float) -> None:
-    torch.manual_seed(0)
-    conv = torch.nn.Conv2d(3, 5, (3, 2), stride, padding, dilation, bias=False, dtype=torch.float64)
-    unfold.convert(torch.nn.Sequential(conv), temperature)
-    x = torch.randn(4, 3, 9, 8, dtype=torch.float64)
-    u = conv(x)
-    grad_u = torch.randn_like(u)
-    u.backward(grad_u)
-    unfold.gate_(conv)
-    expected = reference.conv_weight_grad(
-        x,
-        u.detach(),
-        grad_u,
-        conv.weight.detach(),
-        HebbianRule.ghl(temperature),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
+def test_floor_and_intensity_of_a_row() -> None:
+    timed = row(seconds=Spread(3.0, 2.0, 4.0), floor_seconds=1.5, operations=60.0, bytes=20.0)
+    assert timed.of_floor == 2.0
+    assert timed.intensity == 3.0
+    assert row().of_floor is None
+    assert row().intensity is None
+
+
+def printed(rows: list[Row]) -> str:
+    out = io.StringIO()
+    tables.print_rows(Console(file=out), rows)
+    return out.getvalue()
+
+
+def test_a_piped_table_cuts_nothing() -> None:
+    case, note = "a-very-long-case-name-" * 10, "a very long note " * 20
+    text = printed([row(case=case, note=note)])
+    assert case in text
+    assert note.strip() in text
+
+
+def test_the_table_says_what_failed_and_what_is_faster() -> None:
+    text = printed(
+        [
+            row("B1", speedup=True, against="B1"),
+            row("quick", 4.0, speedup=True, against="B1"),
+            row("slow", 0.25, speedup=True, against="B1"),
+            row("wrong", ratio=None, error="off by 1"),
+        ]
     )
-    torch.testing.assert_close(conv.weight.grad, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_unfold_converts_the_model_and_keeps_its_output() -> None:
-    torch.manual_seed(0)
-    model = DeepHebb(widths=(4, 6, 8), size=8)
-    x = torch.randn(2, 3, 8, 8)
-    expected = model(x)
-    unfold.convert(model)
-    torch.testing.assert_close(model(x), expected)
-    assert sum(isinstance(module, unfold.UnfoldConv2d) for module in model.modules()) == 3
-
-
-def test_unfold_gate_needs_a_backward() -> None:
-    conv = torch.nn.Conv2d(3, 5, 3, bias=False)
-    unfold.convert(torch.nn.Sequential(conv))
-    conv(torch.randn(1, 3, 4, 4))
-    with pytest.raises(RuntimeError, match="backward"):
-        unfold.gate_(conv)
+    assert "4x faster" in text
+    assert "4x slower" in text
+    assert "FAILED" in text
+    assert "off by 1" in text
 
 
 @pytest.mark.parametrize(
-    "options", [{"groups": 3}, {"bias": True}, {"padding": "same"}, {"padding_mode": "reflect"}]
+    ("seconds", "text"), [(2.0, "2 s"), (0.0125, "12.5 ms"), (3e-6, "3 us"), (5e-8, "50 ns")]
 )
-def test_unfold_refuses_what_was_not_published(options: dict[str, object]) -> None:
-    conv = torch.nn.Conv2d(3, 6, 3, **({"bias": False} | options))
-    unfold.convert(torch.nn.Sequential(conv))
-    with pytest.raises(ValueError, match="published"):
-        conv(torch.randn(1, 3, 8, 8))
-
-
-@pytest.mark.parametrize(
-    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
-)
-@pytest.mark.parametrize("k", [1, 3, 7])
-def test_topk_is_the_kwta_rule(k: int, memory_format: torch.memory_format) -> None:
-    torch.manual_seed(0)
-    u = torch.randn(2, 7, 4, 3, dtype=torch.float64).to(memory_format=memory_format)
-    y = topk.kwta_topk(u, k)
-    assert torch.equal(y, reference.kwta(u, k, dim=1))
-    assert y.is_contiguous(memory_format=memory_format)
+def test_duration(seconds: float, text: str) -> None:
+    assert report.duration(seconds) == text
 
 
 @pytest.mark.parametrize(

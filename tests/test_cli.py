@@ -46,6 +46,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     ] == [
         "info",
         "demo",
+        "bench",
     ]
 
 
@@ -125,7 +126,7 @@ def test_info_says_why_native_is_missing(
     ("options", "message"),
     [
         ([], "required: COMMAND"),
-        (["bench"], "invalid choice: 'bench'"),
+        (["train"], "invalid choice: 'train'"),
         (["demo", "--data", "cifar"], "invalid choice: 'cifar'"),
         (["demo", "--epochs", "0"], "whole number of at least 1, got '0'"),
         (["demo", "--seeds", "two"], "whole number of at least 1, got 'two'"),

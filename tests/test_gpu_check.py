@@ -20,12 +20,15 @@ from typing import Any
 import pytest
 import torch
 
+from bench import intensity
 from bench.gpu import counters, summary, timing
 from bench.gpu.stage import DRY_RUN, Stage, read_json, write_json
+from bench.interleave import Spread
+from bench.report import Row
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOL = ROOT / "tools" / "gpu_check"
-MEASURED = ("environment", "parity", "limits", "pair", "kwta", "steps", "counters")
+MEASURED = ("environment", "parity", "limits", "pair", "kwta", "races", "steps", "scaling", "counters")
 
 
 def load_tool() -> ModuleType:
@@ -66,7 +69,7 @@ def test_dry_run_walks_every_step(tmp_path: pathlib.Path) -> None:
     with tarfile.open(tmp_path / "gpu_check.tar.gz") as archive:
         names = {pathlib.Path(name).name for name in archive.getnames()}
     assert {f"{name}.json" for name in MEASURED} <= names
-    assert {"table.txt", "pair.png", "kwta.png", "steps.png", "install.log"} <= names
+    assert {"table.txt", "pair.png", "kwta.png", "steps.png", "scaling.png", "install.log"} <= names
 
 
 def test_a_stage_that_crashes_costs_only_itself(check: Any) -> None:
@@ -109,6 +112,52 @@ def test_unknown_stages_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_stages_run_in_their_order() -> None:
     assert load_tool().parse(["--only", "steps,environment"]).only == ["environment", "steps"]
+
+
+def test_stages_share_the_time_that_is_left(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = load_tool()
+    check = tool.Check(tool.parse(["--out", str(tmp_path)]), tmp_path)
+    told: dict[str, float] = {}
+    monkeypatch.setattr(check, "call", lambda name, command, seconds: told.update({name: seconds}))
+    tool.run_stages(check, list(tool.STAGES))
+    # a stage that ends at once leaves its time to the others, and the last one has it all
+    assert list(told) == list(tool.STAGES)
+    assert all(seconds < tool.BUDGET for seconds in told.values())
+    assert told["counters"] == pytest.approx(tool.BUDGET - tool.SUMMARY_SECONDS, abs=5)
+    assert told["warm"] == pytest.approx(
+        tool.STAGES["warm"] / sum(tool.STAGES.values()) * (tool.BUDGET - tool.GRACE - tool.SUMMARY_SECONDS)
+        + tool.GRACE,
+        abs=5,
+    )
+
+
+def test_what_is_measured_needs_neither_rich_nor_matplotlib() -> None:
+    pytest.importorskip("triton")
+    script = (
+        "import sys; sys.modules.update(rich=None, matplotlib=None); import bench.gpu.warm, bench.gpu.summary"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def race_row(name: str, seconds: float, operations: float | None = 1000.0) -> Row:
+    return Row(suite="s", case="c", name=name, seconds=Spread.of([seconds]), operations=operations, bytes=1.0)
+
+
+def test_rows_are_classed_by_intensity() -> None:
+    assert intensity.class_of(race_row("B4", 1.0)) == "above 800"
+    assert intensity.class_of(race_row("B4", 1.0, 184.0)) == "184 to 800"
+    assert intensity.class_of(race_row("B4", 1.0, 183.9)) == "below 184"
+    assert intensity.class_of(race_row("B4", 1.0, None)) == intensity.NO_PRODUCTS
+
+
+def test_the_mean_is_of_our_fastest_against_the_fastest_rival() -> None:
+    rows = [race_row("ghl triton", 2.0), race_row("ghl cuda", 1.0), race_row("B4", 4.0), race_row("B3", 9.0)]
+    assert intensity.mean(rows) == (4.0, 1)
+    assert intensity.mean(rows[:2]) is None
 
 
 def test_results_are_on_disk_before_the_stage_ends(stage: Stage, tmp_path: pathlib.Path) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
 from bench.gpu.stage import Stage, read_json
 from bench.gpu.timing import Timed, time_all
+from bench.work import floor_seconds
+
+__all__ = ["Place", "floor_seconds", "load_or_measure", "measure"]
 
 COPY_BYTES = 4 << 30
 PRECISIONS = {
@@ -20,7 +24,15 @@ PRECISIONS = {
 }
 
 
-def measure(stage: Stage, size: int = 8192) -> dict[str, float]:
+class Place(NamedTuple):
+    """What a measurement needs to know of a stage, where there is none."""
+
+    device: torch.device
+    errors: list[str]
+    dry: bool = False
+
+
+def measure(stage: Stage | Place, size: int = 8192) -> dict[str, float]:
     """Bytes a second of a copy (read and written both counted) and operations a second of torch.mm."""
     ceilings = {"copy": copy_bandwidth(stage)}
     for name in PRECISIONS:
@@ -28,7 +40,7 @@ def measure(stage: Stage, size: int = 8192) -> dict[str, float]:
     return {name: value for name, value in ceilings.items() if value}
 
 
-def copy_bandwidth(stage: Stage) -> float:
+def copy_bandwidth(stage: Stage | Place) -> float:
     """Between two buffers far larger than any cache."""
     count = 1 << 12 if stage.dry else COPY_BYTES
     source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=stage.device)
@@ -36,7 +48,7 @@ def copy_bandwidth(stage: Stage) -> float:
     return _rate(stage, "copy", 2 * count, lambda _: target.copy_(source))
 
 
-def matrix_rate(stage: Stage, name: str, size: int) -> float:
+def matrix_rate(stage: Stage | Place, name: str, size: int) -> float:
     """Of a square product."""
     dtype, tf32 = PRECISIONS[name]
     n = 64 if stage.dry else size
@@ -51,13 +63,6 @@ def load_or_measure(stage: Stage) -> dict[str, float]:
     return found or measure(stage, 4096)
 
 
-def floor_seconds(ceilings: dict[str, float], dtype: str, moved: float, operations: float) -> float | None:
-    """max(bytes / copy bandwidth, operations / matrix rate); None where a ceiling is unknown."""
-    if "copy" not in ceilings or (operations and dtype not in ceilings):
-        return None
-    return max(moved / ceilings["copy"], operations / ceilings[dtype] if operations else 0.0)
-
-
 def _recorded(out: pathlib.Path, dry: bool) -> dict[str, float]:
     document = read_json(out / "environment.json")
     if document is None or document.get("dry_run") is not dry:
@@ -66,7 +71,7 @@ def _recorded(out: pathlib.Path, dry: bool) -> dict[str, float]:
     return rows[0] if rows else {}
 
 
-def _rate(stage: Stage, name: str, amount: float, run: Callable[[int], object]) -> float:
+def _rate(stage: Stage | Place, name: str, amount: float, run: Callable[[int], object]) -> float:
     timed: Timed = time_all({name: run}, sets=1, device=stage.device, rounds=7)[name]
     if timed.seconds is None:
         stage.errors.append(f"ceiling {name}: {timed.problem}")

@@ -1,4 +1,4 @@
-"""Stage 4: k-winner-take-all against topk + scatter and against the bandwidth of a plain copy."""
+"""Stage 5: k-winner-take-all against the four ways to write it and against the bandwidth of a plain copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import ghl_kernels as ghl
-from bench.baselines.topk import kwta_topk
+from bench.baselines import selection, topk
 from bench.gpu import ceilings, stage
 from bench.gpu.stage import Stage, available_kernels
 from bench.gpu.timing import l2_bytes, sets_for, time_all, within
@@ -98,17 +98,28 @@ def _measure(this: Stage, case: Case, limits: dict[str, float], backends: Sequen
             candidates |= operations
         else:
             this.errors.append(f"{case}: the winners of {backend} are not those of the reference")
-    candidates["topk + scatter"] = lambda i: kwta_topk(u[i], case.winners)
+    candidates |= _rivals(u, case.winners)
     timed = time_all(candidates, sets=sets, device=this.device)
-    rival = timed["topk + scatter"].seconds
+    rival = timed["B7c"].seconds
     for what, sample in timed.items():
         row = {"case": str(case), "what": what, **sample.row()}
         if sample.seconds is not None:
-            writes_y = what.endswith((" y", "scatter"))
+            writes_y = not what.endswith((" state", " lists"))
             floor = ceilings.floor_seconds(limits, case.dtype, 2 * size if writes_y else size, 0)
             row["of_copy_bandwidth"] = floor / sample.seconds.median if floor else None
             row["times_faster_than_topk"] = rival.median / sample.seconds.median if rival else None
         this.add("kwta", row)
+
+
+def _rivals(u: list[Tensor], k: int) -> dict[str, Callable[[int], object]]:
+    """All four ways; B7a and B7d select by another rule, 1 winner, and the first and the k-th."""
+    return {
+        "B7a": lambda i: selection.one_hot_argmax(u[i]),
+        "B7b": lambda i: selection.kwta_kthvalue(u[i], k),
+        "B7c": lambda i: topk.kwta_topk(u[i], k),
+        "B7d topk": lambda i: selection.krotov_topk(u[i], k, 0.4),
+        "B7d sort": lambda i: selection.krotov_sort(u[i], k, 0.4),
+    }
 
 
 def _reference(u: Tensor, competition: Competition) -> Tensor:

@@ -1,14 +1,18 @@
-"""Stage 3: A and G in one kernel against the library, by tile; and the table of shapes that ``auto`` uses.
+"""Stage 4: A and G in one kernel against the library, by tile; and the table of shapes that ``auto`` uses.
 
-The rivals: the library's weight gradient twice, on dL/du and on y from a compiled softmax; and once, on
-[y; dL/du] side by side, where dL/du is taken to lie there already. In bfloat16 a library convolution rounds A
-(and a library product does by default), so these rivals compute less than what is asked for; the rows say so.
+The rivals are the baselines B4, B4c and B4d of bench/baselines/library.py, for a linear layer B12, also
+compiled and with float32 results. In bfloat16 a library convolution rounds A (and a library product does by
+default), so all but the last compute less than what is asked for.
+
+``--warm`` only compiles the compiled rivals.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
+import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor
 
 import ghl_kernels as ghl
+from bench.baselines import library, linear
 from bench.gpu import ceilings, stage, tiles
 from bench.gpu.layers import LAYERS, SMALL, Layer
 from bench.gpu.stage import Stage, available_kernels, write_json
@@ -127,7 +132,7 @@ def _ours(
                 pair, functools.partial(ghl.use_backend, "cuda"), functools.partial(_form, form)
             )
     if not layer.size:
-        found["library path"] = within(pair, functools.partial(tiles.library, True))
+        found["triton library path"] = within(pair, functools.partial(tiles.library, True))
     return found
 
 
@@ -145,67 +150,61 @@ def _form(form: str) -> Iterator[None]:
 def _rivals(
     this: Stage, layer: Layer, rule: ghl.HebbianRule, tensors: list[tuple[Tensor, ...]]
 ) -> dict[str, Callable[[int], object]]:
-    """What a user could write with library calls."""
+    """What a user could write with library calls: the baselines, and for a product its float32 result."""
     torch._dynamo.reset()  # or the next layer's shapes would be compiled as dynamic ones
-    options = {"backend": "eager" if this.dry else "inductor", "dynamic": False}
-
-    def activities(u: Tensor) -> Tensor:
-        return torch.softmax(u.float() / rule.temperature, 1).to(u.dtype)
-
-    softmax = torch.compile(activities, **options)
-    write = torch.compile(lambda out, u: out.copy_(activities(u)), **options)
-    both = [_side_by_side(layer, grad_u) for _, _, grad_u in tensors]
-
-    def twice(i: int, product: Callable[[Layer, Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        x, u, grad_u = tensors[i]
-        return product(layer, x, softmax(u)), product(layer, x, grad_u)
-
-    def once(i: int, product: Callable[[Layer, Tensor, Tensor], Tensor]) -> Tensor:
-        x, u, _ = tensors[i]
-        write(both[i].narrow(1, 0, layer.units), u)
-        return product(layer, x, both[i])
-
-    found: dict[str, Callable[[int], object]] = {
-        "library twice (A rounded)": lambda i: twice(i, _library),
-        "library once (A rounded)": lambda i: once(i, _library),
-    }
-    if not layer.size and not this.dry:
-        found["library twice, float32"] = lambda i: twice(i, _library_float32)
-        found["library once, float32"] = lambda i: once(i, _library_float32)
-    return found
-
-
-def _side_by_side(layer: Layer, grad_u: Tensor) -> Tensor:
-    """[y; dL/du] with room for y."""
-    shape = (grad_u.shape[0], 2 * layer.units, *grad_u.shape[2:])
-    both = torch.empty(shape, dtype=grad_u.dtype, device=grad_u.device)
+    weight = torch.empty(layer.weight_shape, dtype=DTYPE, device=this.device)
     if layer.size:
-        both = both.contiguous(memory_format=torch.channels_last)
-    both.narrow(1, layer.units, layer.units).copy_(grad_u)
-    return both
+        g = layer.geometry
+        conv = {"stride": g.stride, "padding": g.padding, "dilation": g.dilation}
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        pairs = {"B4": library.pair, "B4d": library.concatenated_pair}
+    else:
+        conv, pairs = {}, {"B12": linear.pair}
+        if not this.dry:
+            pairs["B12 to float32"] = _float32_pair
+    options = {"backend": "eager" if this.dry else "inductor", "dynamic": False, "fullgraph": True}
+    first = next(iter(pairs))
+    pairs[f"{first}, compiled" if first == "B12" else "B4c"] = torch.compile(pairs[first], **options)
+    return {
+        name: lambda i, pair=pair: pair(*tensors[i], weight, rule.temperature, **conv)
+        for name, pair in pairs.items()
+    }
 
 
-def _library(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-    """sum_p y_p x_p^T in x's dtype."""
-    if not layer.size:
-        return torch.mm(y.t(), x)
-    g = layer.geometry
-    weight = x.new_empty((y.shape[1], *layer.weight_shape[1:])).contiguous(memory_format=torch.channels_last)
-    return torch.ops.aten.convolution_backward(
-        y, x, weight, None, g.stride, g.padding, g.dilation, False, [0, 0], 1, [False, True, False]
-    )[1]
-
-
-def _library_float32(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-    return torch.mm(y.t(), x, out_dtype=torch.float32)
+@torch.no_grad()
+def _float32_pair(
+    x: Tensor, u: Tensor, grad_u: Tensor, weight: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """B12 with A and G as they leave the accumulator."""
+    y = torch.softmax(u / temperature, dim=1)
+    return tuple(torch.mm(rows.t(), x, out_dtype=torch.float32) for rows in (y, grad_u))
 
 
 def _error(layer: Layer, rule: ghl.HebbianRule, tensors: tuple[Tensor, ...], A: Tensor) -> float:
     """Of A against float32 sums of y in float32, relative to the largest entry."""
     x, u, _ = tensors
     y = ghl.reference.compete(u.float(), rule, 1)
-    expected = _library(layer, x.float(), y)
+    expected = _float32_sum(layer, x, y)
     return ((A.view_as(expected) - expected).abs().max() / expected.abs().max()).item()
+
+
+def _float32_sum(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+    """sum_p y_p x_p^T in float32."""
+    if not layer.size:
+        return y.t() @ x.float()
+    g = layer.geometry
+    weight = torch.empty(layer.weight_shape, device=x.device)
+    return library.correlation(x.float(), y, weight, stride=g.stride, padding=g.padding, dilation=g.dilation)
+
+
+def warm(out: pathlib.Path) -> int:
+    """Run every layer's rivals once, so that the compiled ones are in Inductor's cache."""
+    this = Stage("warm-pair", argparse.Namespace(out=out, dry_run=False, small=False, seconds=120.0))
+    for layer in this.each(LAYERS, lambda layer: layer.name, least=5):
+        tensors = [layer.tensors(this.device, DTYPE)]
+        rivals = _rivals(this, layer, RULES["softmax"], tensors)
+        this.attempt(layer.name, lambda rivals=rivals: [rival(0) for rival in rivals.values()])
+    return this.finish()
 
 
 def _choose(table: dict[str, Any], problem: config.Problem, timed: dict[str, Timed]) -> None:
@@ -219,10 +218,12 @@ def _choose(table: dict[str, Any], problem: config.Problem, timed: dict[str, Tim
     table.setdefault(config._key(problem), [int(part) for part in fastest.split()[1:]])
     # these are asked before it is known where the state will be computed
     key = config._key(problem._replace(state_here=False))
-    for rival, name in (("library path", "library"), ("cuda", "cuda")):
+    for rival, name in (("triton library path", "library"), ("cuda", "cuda")):
         if rival in seconds:
             table.setdefault(f"{key}:{name}", seconds[rival] < by_tile[fastest])
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--warm"]:
+        sys.exit(warm(pathlib.Path(sys.argv[2])))
     sys.exit(stage.main("pair", run))

@@ -57,9 +57,9 @@ class Stage:
         """Seconds until the stage should be done."""
         return self._seconds - (time.monotonic() - self._start)
 
-    def add(self, section: str, row: dict[str, Any]) -> None:
-        """Append a row to a section and write the document."""
-        self._document["results"].setdefault(section, []).append(row)
+    def add(self, section: str, *rows: dict[str, Any]) -> None:
+        """Append rows to a section and write the document."""
+        self._document["results"].setdefault(section, []).extend(rows)
         self._write()
 
     def each(self, items: Iterable[T], name: Callable[[T], str], least: float = 0.0) -> Iterator[T]:

@@ -1,4 +1,4 @@
-"""Stage 5: whole training steps and local passes, bfloat16 autocast and channels_last; time and peak memory.
+"""Stage 7: whole training steps and local passes, bfloat16 autocast and channels_last; time and peak memory.
 
 A step is what a user runs: forward, cross-entropy, backward, SGD, launched one by one and not captured.
 ``--warm MODEL`` only compiles what the stage will load from Inductor's and Triton's caches.
@@ -8,95 +8,72 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import ghl_kernels as ghl
-from bench.baselines import unfold
+from bench import steps, training
 from bench.gpu import stage
-from bench.gpu.models import VGG, ResNet
 from bench.gpu.stage import Stage
 from bench.gpu.timing import time_all
-from bench.models import DeepHebb
+from bench.training import Method, by_rule
+from examples.models import VGG, BasicBlock, Bottleneck, CifarResNet, DeepHebb, FastHebb, ResNet
 
-SOFTMAX = ghl.HebbianRule.ghl()
-FEW = ghl.HebbianRule.kwta(0.004)
+SOFTMAX, FEW = ghl.HebbianRule.ghl(), ghl.HebbianRule.kwta(0.004)
 # Small enough that hundreds of steps leave the weights, and so the data, what they were.
 LR = 1e-6
-_GHL_LAYERS = (ghl.GHLLinear, ghl.GHLConv1d, ghl.GHLConv2d, ghl.GHLConv3d)
+ROUNDS = 8
+DRY_NETWORK = "DeepHebb"  # the only one that a dry run runs in the interpreter
 
 
 class Network(NamedTuple):
-    """A model to time; ``sums_at`` is where its softmax rule is cheapest in memory."""
+    """A network of bench.steps at the batch of its paper, and one small enough for a dry run."""
 
-    build: Callable[[], nn.Module]
     small: Callable[[], nn.Module]
     batch: int
-    size: int
     small_size: int
-    classes: int
-    sums_at: str
-    bar: float  # of the compiled softmax step over compiled backprop
+    bar: float | None = None  # of the compiled softmax step over compiled backprop
 
 
 NETWORKS = {
-    "DeepHebb": Network(DeepHebb, lambda: DeepHebb((2, 4, 4), size=8), 512, 32, 8, 10, "forward", 1.28),
-    "ResNet-50": Network(
-        ResNet, lambda: ResNet((1, 1, 1, 1), width=4, classes=10), 128, 224, 32, 1000, "backward", 1.13
-    ),
-    "VGG-16": Network(VGG, lambda: VGG((1, 1, 1, 1, 1), 4, 16, 32, 10), 128, 224, 32, 1000, "forward", 1.27),
+    "DeepHebb": Network(lambda: DeepHebb((2, 4, 4), size=8), 512, 8, 1.28),
+    "ResNet-50": Network(lambda: ResNet(Bottleneck, (1, 1, 1, 1), width=4, classes=10), 128, 32, 1.13),
+    "VGG-16": Network(lambda: VGG((1, 1, 1, 1, 1), 4, 16, 32, 10, bias=False), 128, 32, 1.27),
+    "FastHebb": Network(lambda: FastHebb((2, 4, 4, 4), size=24), 512, 24),
+    "ResNet-18": Network(lambda: ResNet(BasicBlock, (1, 1), width=4, classes=10), 128, 32),
+    "ResNet-20": Network(lambda: CifarResNet(8, width=4), 128, 8),
 }
 
-
-class Method(NamedTuple):
-    """One way to train; ``against`` names its baseline."""
-
-    name: str
-    against: str
-    prepare: Callable[[nn.Module, Network], nn.Module]
-    compiled: bool = False
-    local: bool = False
-    finish: Callable[[nn.Module], None] = lambda model: None
-    only: tuple[str, ...] = ()
-
-
-def _plain(model: nn.Module, network: Network) -> nn.Module:
-    return model
-
-
-def _converted(rule: ghl.HebbianRule, sums_at: str = "") -> Callable[[nn.Module, Network], nn.Module]:
-    return lambda model, network: ghl.convert(model, rule, sums_at=sums_at or network.sums_at)
-
-
+BACKPROP, COMPILED = steps.BACKPROP, "backprop, compiled"
+_SHARED = steps.METHODS
 METHODS = (
-    Method("backprop, compiled", "backprop, compiled", _plain, compiled=True),
-    Method("softmax, compiled", "backprop, compiled", _converted(SOFTMAX), compiled=True),
-    Method("k-WTA 0.4%, compiled", "backprop, compiled", _converted(FEW), compiled=True),
-    Method("backprop", "backprop", _plain),
-    Method("softmax, sums_at=forward", "backprop", _converted(SOFTMAX, "forward")),
+    _SHARED[COMPILED],
+    _SHARED["GHL softmax, compiled"],
+    by_rule("GHL winners=0.004, compiled", FEW, compiled=True),
+    _SHARED[BACKPROP],
+    by_rule("GHL softmax, sums_at=forward", SOFTMAX, sums_at="forward"),
     # VGG's ReLU works in place, on what the backward sums would need
-    Method(
-        "softmax, sums_at=backward",
-        "backprop",
-        _converted(SOFTMAX, "backward"),
-        only=("DeepHebb", "ResNet-50"),
+    by_rule(
+        "GHL softmax, sums_at=backward",
+        SOFTMAX,
+        sums_at="backward",
+        only=tuple(name for name in NETWORKS if name != "VGG-16"),
     ),
-    Method("k-WTA 0.4%", "backprop", _converted(FEW)),
-    Method("learn_ softmax", "backprop", _converted(SOFTMAX), local=True),
-    Method("learn_ k-WTA 0.4%", "backprop", _converted(FEW), local=True),
-    Method(
-        "authors' algorithm (unfold)",
-        "backprop",
-        lambda model, network: unfold.convert(model),
-        finish=unfold.gate_,
-        only=("DeepHebb",),
-    ),
+    _SHARED["GHL softmax, gate_at=step"],
+    _SHARED["GHL winners=0.004"],
+    _SHARED["GHL winners=0.004, gate_at=step"],
+    _SHARED["learn_ softmax"],
+    _SHARED["learn_ winners=0.004"],
+    _SHARED[training.SOFTHEBB.name],
+    # elsewhere a sum for every sample is more than a GPU holds
+    dataclasses.replace(training.AUTHORS, only=("DeepHebb", "FastHebb", "ResNet-20")),
 )
 
 
@@ -118,34 +95,38 @@ def run(this: Stage) -> None:
 
 
 def _network(this: Stage, name: str) -> None:
-    steps, memory = {}, {}
+    ready, memory = {}, {}
     torch._dynamo.reset()
-    for method in this.each(_methods(name), lambda method: f"{name}, {method.name}", least=10):
+    for method in this.each(_methods(name, this.dry), lambda method: f"{name}, {method.name}", least=10):
         label = f"{name}, {method.name}"
-        step = this.attempt(
-            label, lambda method=method: _ready(this.device, this.dry, NETWORKS[name], method)
-        )
+        step = this.attempt(label, lambda method=method: _ready(this.device, this.dry, name, method))
         if step is not None:
-            steps[method.name] = step
+            ready[method.name] = step
             memory[method.name] = this.attempt(f"{label}: memory", lambda step=step: _peak(this, step))
-    candidates = {method: step.run for method, step in steps.items()}
-    timed = time_all(candidates, sets=1, device=this.device, rounds=10, capture=False)
+    candidates = {method: step.run for method, step in ready.items()}
+    timed = time_all(candidates, sets=1, device=this.device, rounds=ROUNDS, capture=False)
     rows = {method: sample.row() for method, sample in timed.items()}
-    for method in _methods(name):
+    for method in _methods(name, this.dry):
         if method.name in rows:
             this.add("steps", _row(this, name, method, rows, memory))
 
 
 def calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
     """One step of every method that launches kernels of ours: what has to be compiled."""
-    for name, network in NETWORKS.items():
+    # a dry run's other networks run without the interpreter
+    for name in [DRY_NETWORK] if dry else NETWORKS:
         for method in _methods(name):
-            if not method.compiled and method.name.startswith(("softmax", "k-WTA", "learn_")):
-                yield lambda network=network, method=method: _ready(device, dry, network, method)
+            if not method.compiled and method.rule is not None and method.baseline is None:
+                yield lambda name=name, method=method: _ready(device, dry, name, method)
 
 
-def _methods(network: str) -> list[Method]:
-    return [method for method in METHODS if network in (method.only or NETWORKS)]
+def _methods(network: str, dry: bool = False) -> list[Method]:
+    """All that can train it; a dry run compiles the network that the interpreter runs, and no other."""
+    return [
+        method
+        for method in METHODS
+        if method.trains(network) and not (dry and method.compiled and network != DRY_NETWORK)
+    ]
 
 
 def _row(
@@ -157,30 +138,40 @@ def _row(
 ) -> dict[str, Any]:
     """One line of the table: time and peak memory, and both as multiples of the baseline's."""
     network = NETWORKS[name]
-    own, base = rows[method.name], rows.get(method.against, {})
-    peak, base_peak = memory.get(method.name), memory.get(method.against)
+    batch = 2 if this.dry else network.batch
+    against = COMPILED if method.compiled else BACKPROP
+    own, base = rows[method.name], rows.get(against, {})
+    peak, base_peak = memory.get(method.name), memory.get(against)
     return {
         "network": name,
-        "batch": 2 if this.dry else network.batch,
+        "batch": batch,
         "method": method.name,
-        "against": method.against,
+        "against": against,
         **own,
         "ratio": own["us"] / base["us"] if "us" in own and "us" in base else None,
-        "bar": network.bar if method.name == "softmax, compiled" else None,
+        "images_per_second": batch / own["us"] * 1e6 if "us" in own else None,
+        "bar": network.bar if method.name == "GHL softmax, compiled" else None,
         "peak_bytes": peak,
         "peak_ratio": peak / base_peak if peak and base_peak else None,
     }
 
 
-def _ready(device: torch.device, dry: bool, network: Network, method: Method) -> Step:
+def _ready(device: torch.device, dry: bool, name: str, method: Method) -> Step:
     """The method's step on data of its own, run once."""
     torch.manual_seed(0)
-    model = (network.small if dry else network.build)().to(device)
-    model = method.prepare(model.to(memory_format=torch.channels_last), network)
-    batch, size = (2, network.small_size) if dry else (network.batch, network.size)
+    network, full = NETWORKS[name], steps.NETWORKS[name]
+    model = (network.small if dry else full.build)().to(device)
+    model = method.prepare(model.to(memory_format=torch.channels_last), full.sums_at)
+    batch, size = (2, network.small_size) if dry else (network.batch, full.size)
     x = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    target = torch.randint(10 if dry else network.classes, (batch,), device=device)
-    body = _local(model, x) if method.local else _training(dry, model, x, target, method)
+    target = torch.randint(10 if dry else full.classes, (batch,), device=device)
+    if method.local is None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+        # Inductor needs a compiler on a CPU; a dry run checks the graph, not its code
+        compiler = "eager" if dry else "inductor"
+        body = training.training_step(method, model, x, target, optimizer, compiler)
+    else:
+        body = functools.partial(method.local, model, x, LR)
 
     def step(_: int) -> object:
         with torch.autocast(x.device.type, torch.bfloat16):
@@ -190,47 +181,17 @@ def _ready(device: torch.device, dry: bool, network: Network, method: Method) ->
     return Step(model, step)
 
 
-def _training(dry: bool, model: nn.Module, x: Tensor, target: Tensor, method: Method) -> Callable[[], object]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
-    # Inductor needs a compiler on a CPU; a dry run checks the graph, not its code
-    backend = "eager" if dry else "inductor"
-    forward = torch.compile(model, backend=backend, dynamic=False) if method.compiled else model
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(forward(x).float(), target).backward()
-        method.finish(model)
-        optimizer.step()
-
-    return step
-
-
-def _local(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    """One pass in which every GHL layer learns as the batch goes by."""
-    for layer in model.modules():
-        if isinstance(layer, _GHL_LAYERS):
-            layer.forward = lambda x, layer=layer: layer.learn_(x, LR)
-
-    @torch.no_grad()
-    def step() -> object:
-        return model(x)
-
-    return step
-
-
 @contextlib.contextmanager
 def _backend(this: Stage, network: str) -> Iterator[None]:
     """The kernels under test; in a dry run only the smallest network can afford the interpreter."""
-    with ghl.use_backend("triton" if this.dry and network == "DeepHebb" else "auto"):
+    with ghl.use_backend("triton" if this.dry and network == DRY_NETWORK else "auto"):
         yield
 
 
 def _peak(this: Stage, step: Step) -> int | None:
     """Most bytes allocated during one step beyond weights, buffers and momenta; None on a CPU."""
     if this.dry:
-        step.run(0)
         return None
-    step.model.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -247,7 +208,7 @@ def warm(out: pathlib.Path, name: str) -> int:
     for method in this.each([m for m in _methods(name) if m.compiled], lambda m: m.name, least=5):
         this.attempt(
             f"{name}, {method.name}",
-            lambda method=method: _ready(this.device, this.dry, NETWORKS[name], method),
+            lambda method=method: _ready(this.device, this.dry, name, method),
         )
     return this.finish()
 

@@ -10,9 +10,11 @@ import tarfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bench import intensity
 from bench.gpu.stage import DRY_RUN, read_json
+from bench.report import Row, duration
 
-STAGES = ("environment", "parity", "limits", "pair", "kwta", "steps", "counters")
+STAGES = ("environment", "parity", "limits", "pair", "kwta", "races", "steps", "scaling", "counters")
 COUNTERS = {
     "gpu__time_duration.sum": "time",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM",
@@ -129,6 +131,57 @@ def _pair(results: Document) -> str:
     )
 
 
+def rows_of(results: Document, *sections: str) -> list[Row]:
+    """Rows in the JSON of bench.report.Row."""
+    return [Row.from_json(row) for section in sections for row in results.get(section, [])]
+
+
+def _races(results: Document) -> str:
+    """A line for every case: our fastest backend, its distance from the floor, the rivals; then the means."""
+    classes = (*(name for name, *_ in intensity.CLASSES), intensity.NO_PRODUCTS)
+    lines, untimed = [], []
+    for name in classes:
+        rows = rows_of(results, name)
+        for case in intensity.by_case(rows):
+            ours = intensity.fastest(row for row in case if row.is_ours)
+            if ours is None:
+                lines.append((name, case[0].suite, case[0].case, "failed", None, None, ""))
+                continue
+            own = ours.seconds.median
+            rivals = (row for row in case if not row.is_ours and row.seconds)
+            factors = ", ".join(f"{row.name} {row.seconds.median / own:.3g}x" for row in rivals)
+            lines.append((name, ours.suite, ours.case, ours.name, 1e6 * own, ours.of_floor, factors))
+        untimed += [
+            f"not timed: {row.suite}, {row.case}, {row.name}: {row.error or row.note}"
+            for row in rows
+            if row.seconds is None
+        ]
+    means = [
+        f"{row['class']}: against the fastest rival, geometric mean of {row['cases']} cases: "
+        f"{row['times_faster']:.3g} times faster"
+        for row in results.get("means", [])
+    ]
+    headings = ("FLOP/byte", "suite", "case", "our fastest", "us", "time / floor", "times faster than")
+    return "\n".join([columns(headings, lines), *means, *untimed])
+
+
+def _scaling(results: Document) -> str:
+    headings = ("suite", "case", "what", "against", "time", "ratio", "note")
+    lines = [
+        (
+            row.suite,
+            row.case,
+            row.name,
+            row.against,
+            duration(row.seconds.median) if row.seconds else "",
+            row.ratio.median if row.ratio else None,
+            row.error or row.note or "",
+        )
+        for row in rows_of(results, "rows")
+    ]
+    return columns(headings, lines)
+
+
 def _counters(results: Document) -> str:
     names = ("kernel", *COUNTERS.values())
     rows = [
@@ -157,8 +210,20 @@ _SECTIONS: dict[str, Callable[[Document], str]] = {
         "problem",
     ),
     "steps": _table(
-        "steps", "network", "method", "us", "us_p20", "us_p80", "ratio", "bar", "peak_ratio", "problem"
+        "steps",
+        "network",
+        "method",
+        "us",
+        "us_p20",
+        "us_p80",
+        "images_per_second",
+        "ratio",
+        "bar",
+        "peak_ratio",
+        "problem",
     ),
+    "races": _races,
+    "scaling": _scaling,
     "counters": _counters,
 }
 
@@ -192,7 +257,23 @@ def figures(documents: dict[str, Document], out: pathlib.Path) -> str:
         figure.tight_layout()
         figure.savefig(out / f"{stage}.png", dpi=110)
         pyplot.close(figure)
+    _row_figures(documents, out)
     return ""
+
+
+def _row_figures(documents: dict[str, Document], out: pathlib.Path) -> None:
+    """Those of the benchmark's command: speed against each peer and roofline, growth and crossovers."""
+    from bench import figures as command_figures
+    from bench import scaling
+
+    limits = documents.get("environment", {"results": {}})["results"].get("ceilings", [{}])[0]
+    raced = documents.get("races", {"results": {}})["results"]
+    rows = rows_of(raced, *(name for name, *_ in intensity.CLASSES), intensity.NO_PRODUCTS)
+    grown = rows_of(documents.get("scaling", {"results": {}})["results"], "rows")
+    if rows:
+        command_figures.write_all(rows, limits, out / "races")
+    if scaling.series(grown):
+        scaling.figure(grown, out / "scaling.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -207,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     archive = out / "gpu_check.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         for path in sorted(out.iterdir()):
-            if path.is_file() and path != archive:
+            if path != archive:
                 tar.add(path, arcname=f"gpu_check/{path.name}")
     print(text)
     return 0

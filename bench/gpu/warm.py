@@ -15,18 +15,23 @@ from collections.abc import Callable, Iterable
 
 import ghl_kernels as ghl
 from bench.aot.compilation import Compilation, compile_, specialize
-from bench.gpu import kwta, pair, parity, stage, steps
+from bench.gpu import kwta, pair, parity, races, scaling, stage, steps
 from bench.gpu.stage import Stage
 from ghl_kernels.backends.triton import arch as architectures
 from ghl_kernels.backends.triton.launch import recording
 
+RACERS = 6  # processes that compile the races' rivals
+
 
 def run(this: Stage) -> None:
-    """Triton's kernels in processes of their own, then Inductor's, one process a network."""
+    """Inductor's kernels and Triton's, all in processes of their own."""
+    inductor = {} if this.dry else _start_inductor(this)
     found: dict[str, Compilation] = {}
     with ghl.use_backend("triton"):
         for name, calls in _calls(this).items():
-            this.attempt(f"recording {name}", lambda calls=calls: _record(this, calls, found))
+            this.attempt(
+                f"recording {name}", lambda name=name, calls=calls: _record(this, name, calls, found)
+            )
     this.add("kernels", {"distinct": len(found)})
     if this.dry:
         this.absent("compiling", "kernels that are interpreted are not compiled")
@@ -38,7 +43,7 @@ def run(this: Stage) -> None:
             if problem:
                 this.errors.append(problem)
     this.add("kernels", {"compiled": len(found), "processes": workers, "seconds_left": this.left})
-    _warm_inductor(this)
+    _finish_inductor(this, inductor)
 
 
 def _calls(this: Stage) -> dict[str, Callable[[], Iterable[Callable[[], object]]]]:
@@ -46,18 +51,24 @@ def _calls(this: Stage) -> dict[str, Callable[[], Iterable[Callable[[], object]]
     return {
         "pair": lambda: pair.calls(this.device, this.dry),
         "kwta": lambda: kwta.calls(this.device, this.dry),
+        "races": lambda: races.calls(this.device, this.dry),
         "steps": lambda: steps.calls(this.device, this.dry),
+        "scaling": lambda: scaling.calls(this.device, this.dry),
         "parity": lambda: parity.calls(this.device, this.dry),
     }
 
 
 def _record(
-    this: Stage, calls: Callable[[], Iterable[Callable[[], object]]], found: dict[str, Compilation]
+    this: Stage,
+    name: str,
+    calls: Callable[[], Iterable[Callable[[], object]]],
+    found: dict[str, Compilation],
 ) -> None:
     arch = architectures.of(this.device)
     for call in calls():
         if this.left < 20:
-            raise TimeoutError("out of time; the rest is compiled when it is launched")
+            this.absent(f"recording {name}", "out of time; the rest is compiled when it is launched")
+            return
         with recording() as launches:
             call()
         if this.dry:
@@ -76,9 +87,23 @@ def _compile(compilation: Compilation) -> str:
     return ""
 
 
-def _warm_inductor(this: Stage) -> None:
-    command = [sys.executable, "-m", "bench.gpu.steps", "--warm"]
-    running = {name: subprocess.Popen([*command, name, str(this.out)]) for name in steps.NETWORKS}
+def _start_inductor(this: Stage) -> dict[str, subprocess.Popen[bytes]]:
+    """A process for every network, some for the races, one each for the pair and the overhead."""
+    out = str(this.out)
+    commands = {
+        **{name: ["steps", "--warm", name, out] for name in steps.NETWORKS},
+        **{f"races {i}": ["races", "--warm", str(i), str(RACERS), out] for i in range(RACERS)},
+        "pair": ["pair", "--warm", out],
+        "overhead": ["scaling", "--warm", out],
+    }
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # there are processes enough
+    return {
+        name: subprocess.Popen([sys.executable, "-m", f"bench.gpu.{module}", *options], env=environment)
+        for name, (module, *options) in commands.items()
+    }
+
+
+def _finish_inductor(this: Stage, running: dict[str, subprocess.Popen[bytes]]) -> None:
     for name, process in running.items():
         try:
             process.wait(timeout=max(1.0, this.left - 5))

@@ -1,0 +1,121 @@
+"""y = c(u): softmax and k-winner-take-all over the units of every position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import ghl_kernels as ghl
+from bench import work
+from bench.baselines import boosting, selection, softhebb, topk
+from bench.race import Contender, Race, Target, ours
+from bench.report import Bar
+from bench.shapes import MEMORY_FORMATS
+
+MAPS = ((32, 96, 32, 32), (32, 384, 16, 16), (32, 1536, 8, 8), (8, 53, 13, 13))
+ROWS = ((2048, 384), (2048, 4096))
+_TIMES_FASTER = Bar(8.0, at_least=True)
+
+
+class _Case(NamedTuple):
+    shape: tuple[int, ...]
+    layout: str  # "nchw", "nhwc" or "rows"
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.layout}"
+
+    def responses(self, target: Target) -> tuple[Tensor]:
+        u = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(**target.options)
+        return (u.to(memory_format=MEMORY_FORMATS[self.layout]) if len(self.shape) == 4 else u,)
+
+
+def softmax(target: Target) -> Iterator[Race]:
+    """Softmax, and SoftHebb's with the losers negated."""
+    soft, anti = ghl.HebbianRule.ghl(), ghl.HebbianRule.softhebb()
+    cases = [_Case(MAPS[1], "nchw")] if target.quick else _cases(MAPS, ROWS)
+    for case in cases:
+        yield _race("softmax", case, target, soft, Contender("torch.softmax", lambda u: torch.softmax(u, 1)))
+    for case in [] if target.quick else _cases(MAPS[:2], ()):
+        yield _race("softmax", case, target, anti, Contender("B6", softhebb.compete, baseline="B6"))
+
+
+def kwta(target: Target) -> Iterator[Race]:
+    """The k largest keep their responses; and the largest alone is 1."""
+    cases = _cases(MAPS[1:2], ()) if target.quick else _cases(MAPS, ROWS)
+    for case in cases:
+        for k in (8,) if target.quick or case.shape != MAPS[1] else (1, 8, 0.05):
+            yield _kwta(case, k, target)
+    hard = ghl.HebbianRule.hard_wta()
+    for case in [] if target.quick else _cases(MAPS[:2], ()):
+        one_hot = Contender("B7a", selection.one_hot_argmax, baseline="B7a")
+        yield _race("kwta", case, target, hard, one_hot, tolerance=0.0)
+
+
+def _kwta(case: _Case, k: int | float, target: Target) -> Race:
+    rule = ghl.HebbianRule.kwta(k)
+    winners = rule.winners_of(case.shape[1])
+    # in 16 bits responses tie, and which of them wins is the baseline's own choice
+    result = _sorted if target.dtype.itemsize == 2 else lambda y: y
+    rivals = [
+        Contender("B7c", lambda u: topk.kwta_topk(u, winners), baseline="B7c", result=result),
+        Contender("B7b", lambda u: selection.kwta_kthvalue(u, winners), baseline="B7b", result=result),
+    ]
+    if len(case.shape) == 4:
+        layer = boosting.BoostedKWinners2d(case.shape[1], winners, boost=0.0).to(target.device)
+        rivals.append(
+            Contender("B10", layer, baseline="B10", result=result, note="also follows its duty cycles")
+        )
+    expects = lambda u: result(ghl.reference.compete(u.double(), rule, 1))  # noqa: E731
+    judged = case.shape == MAPS[1] and k == 8
+    return _race(
+        "kwta", case, target, rule, *rivals, tolerance=0.0, judged=judged, result=result, expects=expects
+    )
+
+
+def _race(
+    suite: str,
+    case: _Case,
+    target: Target,
+    rule: ghl.HebbianRule,
+    *rivals: Contender,
+    tolerance: float | None = None,
+    judged: bool = False,
+    result: Callable[[Any], Any] = lambda y: y,
+    expects: Callable[[Tensor], Tensor] | None = None,
+) -> Race:
+    contenders = [*rivals, *ours(target, lambda u: ghl.functional.compete(u, rule, 1), result=result)]
+    first = contenders[len(rivals)].name
+    return Race(
+        suite=suite,
+        case=f"{case}{_brief(rule)}",
+        target=target,
+        inputs=lambda: case.responses(target),
+        expected=expects or (lambda u: ghl.reference.compete(u.double(), rule, 1)),
+        contenders=contenders,
+        reference=rivals[0].name,
+        work=work.compete(case.shape, target.dtype.itemsize),
+        tolerance=target.tolerance if tolerance is None else tolerance,
+        bars={first: _TIMES_FASTER} if judged else {},
+    )
+
+
+def _brief(rule: ghl.HebbianRule) -> str:
+    if rule.activity == "linear":
+        return f" k={rule.winners}"
+    if rule.activity == "binary":
+        return " hard"
+    return " losers negated" if rule.losers == "anti" else ""
+
+
+def _sorted(y: Tensor) -> Tensor:
+    return y.double().sort(1).values
+
+
+def _cases(maps: tuple[tuple[int, ...], ...], rows: tuple[tuple[int, ...], ...]) -> list[_Case]:
+    return [
+        *(_Case(shape, layout) for shape in maps for layout in MEMORY_FORMATS),
+        *(_Case(shape, "rows") for shape in rows),
+    ]

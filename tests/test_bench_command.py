@@ -1,0 +1,344 @@
+"""``python -m ghl_kernels bench``: comparing, drawing, the page of results, the command line."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+
+import pytest
+import torch
+
+import ghl_kernels.__main__ as entry
+from bench import ceilings, command, figures, machine, performance, races, report
+from bench.compare import MARGIN, compare
+from bench.interleave import Spread
+from bench.race import Contender, Race
+from bench.report import Bar, Row
+from bench.work import Work
+from ghl_kernels.demo.errors import UserError
+
+LIMITS = {"copy": 1e9, "fp32": 1e10, "bf16": 2e10}
+
+
+def row(name: str = "ghl cpu", median: float = 2.0, **fields: object) -> Row:
+    given = {"suite": "delta", "case": "a", "against": "B1", "speedup": True, "stable": True} | fields
+    return Row(name=name, **{"ratio": Spread(median, median, median)} | given)
+
+
+# --- compare ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("speedup", "now", "fails"),
+    [(True, 1.61, False), (True, 1.59, True), (False, 2.49, False), (False, 2.51, True)],
+)
+def test_compare_fails_beyond_the_margin(speedup: bool, now: float, fails: bool) -> None:
+    found = compare([row(median=now, speedup=speedup)], [row(speedup=speedup)], 0.25)
+    assert found.failed is fails
+    assert found.compared == 1
+    if fails:
+        assert f"before 2x, allowed at {'least 1.6x' if speedup else 'most 2.5x'}" in found.worse[0]
+
+
+def test_compare_names_the_new_and_the_missing() -> None:
+    found = compare([row(case="b")], [row(case="a")])
+    assert not found.failed
+    assert found.new == ["delta, b, ghl cpu"]
+    assert found.missing == ["delta, a, ghl cpu"]
+
+
+def test_compare_leaves_out_other_suites_and_what_is_not_stable() -> None:
+    before = [row(), row(case="b", suite="pair"), row(case="c", stable=False)]
+    found = compare([row(), row(case="c", median=0.1, stable=False)], before)
+    assert (found.worse, found.new, found.missing, found.compared) == ([], [], [], 1)
+
+
+def test_compare_fails_where_a_row_failed_or_is_quoted_otherwise() -> None:
+    assert "off by" in compare([row(ratio=None, error="off by 1")], [row()]).worse[0]
+    assert "against B2" in compare([row(against="B2")], [row()]).worse[0]
+
+
+def test_compare_refuses_a_margin_of_nothing() -> None:
+    with pytest.raises(ValueError, match="margin"):
+        compare([], [], 0.0)
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def measured_rows() -> list[Row]:
+    seconds = Spread(2e-3, 1e-3, 3e-3)
+    rows = [
+        row(name, factor, case=case, seconds=seconds, operations=2e6, bytes=1e5, floor_seconds=1e-3)
+        for case in ("a", "b")
+        for name, factor in (("B1", 1.0), ("B4", 1.5), ("ghl cpu", 2.0))
+    ]
+    rows += [
+        row(
+            "ghl cpu",
+            factor,
+            suite="sparse",
+            case=f"conv k/N={f}",
+            fraction=f,
+            against="ghl dense",
+            seconds=seconds,
+        )
+        for f, factor in ((0.01, 5.0), (0.1, 2.0), (0.4, 0.8))
+    ]
+    return [*rows, row("GHL softmax", suite="memory", speedup=False, peak_ratio=1.1)]
+
+
+def test_figures_are_drawn_and_the_same_every_time(tmp_path: pathlib.Path) -> None:
+    first = figures.write_all(measured_rows(), LIMITS, tmp_path / "one")
+    again = figures.write_all(measured_rows(), LIMITS, tmp_path / "two")
+    assert [path.name for path in first] == ["speed.svg", "roofline.svg", "crossover.svg", "memory.svg"]
+    for one, two in zip(first, again, strict=True):
+        assert one.read_bytes() == two.read_bytes()
+        assert one.read_text().count("<path") > 5
+
+
+def test_no_figure_without_its_rows(tmp_path: pathlib.Path) -> None:
+    assert figures.write_all([row(ratio=None, error="wrong")], LIMITS, tmp_path) == []
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def document(rows: list[Row], **machine_fields: object) -> performance.Measured:
+    described = {
+        "machine": {"cpu": "A CPU"},
+        "versions": {"torch": "9.9"},
+        "commit": "abc",
+        "ceilings": LIMITS,
+        "clocks": {"before": {"cpu_mhz": [2000.0, 2100.0], "load_average": [0.25]}},
+    }
+    settings = {"threads": 2, "rounds": 25, "suites": ["delta"], "baselines": None, "quick": False}
+    return performance.Measured("machine", described | machine_fields, settings, rows)
+
+
+def contest(ours: float, rival: float, **fields: object) -> list[Row]:
+    return [
+        row("ghl cpu", seconds=Spread(ours, 0.9 * ours, 1.1 * ours), floor_seconds=0.5, **fields),
+        row("B4", seconds=Spread(rival, 0.9 * rival, 1.1 * rival), floor_seconds=0.5, **fields),
+    ]
+
+
+def section(page: str, heading: str) -> str:
+    return re.split(r"\n#+ ", page.partition(f" {heading}\n")[2])[0]
+
+
+def test_the_page_lists_where_a_rival_is_faster_with_the_floors() -> None:
+    page = performance.render([document([*contest(1.0, 2.0, case="won"), *contest(3.0, 2.0, case="lost")])])
+    losses = section(page, "Where a rival is faster")
+    assert "| delta | lost | ghl cpu | B4 | 1.5x | no | 6 | 4 |" in losses
+    assert "won" not in losses
+    assert "| won | ghl cpu | 1 s | 2 | B4 2x |" in section(page, "delta")
+
+
+def test_the_page_says_when_nothing_is_lost() -> None:
+    assert "In no case" in section(
+        performance.render([document(contest(1.0, 2.0))]), "Where a rival is faster"
+    )
+
+
+def test_the_page_shows_bars_hardware_and_how_to_reproduce() -> None:
+    page = performance.render([document([row("GHL", 1.5, suite="step", speedup=False, bar=Bar(1.42))])])
+    assert "<= 1.42x | **no** |" in section(page, "Bars")
+    for text in ("A CPU", "torch 9.9", "abc", "2000 to 2100", "0.25", "--threads 2 --rounds 25"):
+        assert text in page
+
+
+def test_gpu_rows_are_grouped_by_intensity() -> None:
+    rows = [
+        found
+        for case, intensity in (("low", 100.0), ("middle", 184.0), ("high", 1000.0))
+        for found in contest(1.0, 4.0, case=case, operations=intensity, bytes=1.0)
+    ]
+    page = performance.render([document(rows, device="cuda", gpu={"name": "A GPU"})])
+    assert "No CPU has been measured" in page
+    assert "A GPU" in page
+    for heading, case in (("below 184", "low"), ("184 to 800", "middle"), ("above 800", "high")):
+        text = section(page, f"{heading} FLOP per byte")
+        assert f"| {case} |" in text
+        assert "1 cases: 4 times faster" in text
+
+
+def test_without_a_gpu_document_the_page_says_so() -> None:
+    assert "No GPU has been measured" in performance.render([document([row()])])
+
+
+def test_stages_of_a_gpu_check_become_rows(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "check"
+    folder.mkdir()
+    timed = {"us": 10.0, "us_p20": 9.0, "us_p80": 11.0}
+    ours = {"layer": "conv", "rule": "softmax", "what": "configured", "times_faster": 2.0, "of_floor": 0.5}
+    pair = [ours | timed | {"tflops": 1.0, "flop_per_byte": 100.0}, {"what": "library", "problem": "no room"}]
+    stage = {"dry_run": False, "measured_on": "A GPU", "results": {"pair": pair}}
+    (folder / "pair.json").write_text(json.dumps(stage))
+    (found,) = performance.documents(tmp_path)
+    assert found.is_gpu
+    assert found.machine["gpu"]["name"] == "A GPU"
+    configured, failed = found.rows
+    assert configured.is_ours
+    assert configured.intensity == pytest.approx(100.0)
+    assert configured.of_floor == pytest.approx(2.0)
+    assert failed.error == "no room"
+    assert "No GPU" not in performance.render([found])
+    (folder / "pair.json").write_text(json.dumps(stage | {"dry_run": True}))
+    assert performance.documents(tmp_path) == []
+
+
+def test_quick_documents_are_left_out(tmp_path: pathlib.Path) -> None:
+    for name, quick in (("quick", True), ("full", False)):
+        report.write_json(tmp_path / f"{name}.json", [row()], {"quick": quick}, {})
+    assert [found.name for found in performance.documents(tmp_path)] == ["full"]
+
+
+def test_the_committed_page_is_what_the_script_writes() -> None:
+    page = performance.PAGE.read_text()
+    assert page == performance.render(performance.documents())
+    for link in re.findall(r"\]\((performance/[^)]+)\)", page):
+        assert (performance.PAGE.parent / link).is_file()
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def toy(target: object) -> list[Race]:
+    """One race with a right, a wrong and an absent rival."""
+    return [
+        Race(
+            suite="softmax",
+            case="toy",
+            target=target,
+            inputs=lambda: (torch.arange(5.0),),
+            expected=lambda x: 2.0 * x.double(),
+            contenders=[
+                Contender("B1", lambda x: 2.0 * x, baseline="B1"),
+                Contender("B2", lambda x: 3.0 * x, baseline="B2"),
+                Contender("B3", lambda x: x, absent="no room"),
+                Contender("ghl eager", lambda x: x + x, backend="eager"),
+            ],
+            reference="B1",
+            work=Work(40.0, 5.0),
+            tolerance=1e-6,
+        )
+    ]
+
+
+@pytest.fixture
+def _toy_races(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(races.SUITES, "softmax", toy)
+    monkeypatch.setattr(ceilings, "measure", lambda threads, **_: LIMITS)
+
+
+def bench(*arguments: str) -> int:
+    return entry.main(["bench", "--quick", "--suite", "softmax", "--threads", "1", *arguments])
+
+
+@pytest.mark.usefixtures("_toy_races")
+def test_a_run_prints_keeps_and_draws(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    assert bench("--json", str(path), "--out", str(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    for text in ("toy", "FAILED", "absent: no room", "Ceilings: copy 1 GB/s", "commit"):
+        assert text in printed
+    kept = report.Document(path)
+    assert [found.name for found in kept.rows] == ["B1", "B2", "B3", "ghl eager"]
+    assert kept.settings == {
+        "quick": True,
+        "suites": ["softmax"],
+        "baselines": None,
+        "rounds": 5,
+        "threads": 1,
+    }
+    assert kept.machine["ceilings"] == LIMITS
+    assert {"machine", "versions", "commit", "native", "clocks", "device"} <= kept.machine.keys()
+    assert kept.machine["clocks"].keys() == {"before", "after"}
+    assert (tmp_path / "speed.svg").is_file()
+
+
+@pytest.mark.usefixtures("_toy_races")
+@pytest.mark.parametrize(("before", "code"), [(1e-6, 0), (1e6, 1)])
+def test_a_run_fails_where_a_ratio_got_worse(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, before: float, code: int
+) -> None:
+    monkeypatch.setattr("bench.race.OURS", {"cpu": ("eager",)})
+    path = tmp_path / "before.json"
+    old = row("ghl eager", before, suite="softmax", case="toy")
+    report.write_json(path, [old], {}, {})
+    assert bench("--compare", str(path)) == code
+
+
+@pytest.mark.usefixtures("_toy_races")
+def test_a_run_fails_where_a_backend_of_ours_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(target: object) -> list[Race]:
+        (one,) = toy(target)
+        one.contenders[-1] = Contender("ghl eager", lambda x: x, backend="eager")
+        return [one]
+
+    monkeypatch.setitem(races.SUITES, "softmax", wrong)
+    assert bench() == 1
+
+
+@pytest.mark.usefixtures("_toy_races")
+def test_a_selected_baseline_runs_alone(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "out.json"
+    assert bench("--baseline", "B2", "--json", str(path)) == 0
+    assert "B1" in [found.name for found in report.Document(path).rows]  # the reference
+    assert report.Document(path).settings["baselines"] == ["B2"]
+
+
+@pytest.mark.parametrize("content", [None, "{}", "no json"])
+def test_a_file_that_is_no_document_is_one_sentence(
+    content: str | None, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "before.json"
+    if content is not None:
+        path.write_text(content)
+    assert bench("--compare", str(path)) == 2
+    assert re.fullmatch(r"error: .*before\.json.*\.\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--suite", "other"], ["--baseline", "B99"], ["--rounds", "0"], ["--threads", "x"], ["--margin", "-1"]],
+)
+def test_wrong_options_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.parse(arguments)
+    assert stopped.value.code == 2
+
+
+def test_defaults() -> None:
+    options = command.parse([])
+    assert set(options.suite) == {*races.SUITES, "step", "local", "memory", "scaling", "overhead"}
+    assert (options.rounds, options.margin, options.quick) == (25, MARGIN, False)
+    assert options.threads == torch.get_num_threads()
+    quick = command.parse(["--quick"])
+    assert quick.rounds == 5
+    assert set(options.suite) - set(quick.suite) == {"memory", "overhead"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_the_users_to_mend() -> None:
+    with pytest.raises(UserError, match="GPU"):
+        command.parse(["--device", "cuda"])
+
+
+def test_outside_a_checkout_the_command_says_where_to_go(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(entry, "__file__", str(tmp_path / "site-packages" / "ghl_kernels" / "__main__.py"))
+    assert entry.main(["bench", "--quick"]) == 2
+    assert re.fullmatch(r"error: .*checkout.*\.\n", capsys.readouterr().err)
+
+
+def test_machine() -> None:
+    found = machine.describe(torch.device("cpu"))
+    assert json.loads(json.dumps(found)) == found
+    assert found["device"] == "cpu"
+    assert found["last_level_cache"] >= 1 << 15
+    assert machine.clocks().keys() == {"cpu_mhz", "load_average"}
