@@ -123,7 +123,12 @@ def _read_bytes(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
-def _read_pair(root: Path, prefix: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+def read_pair(root: Path, prefix: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Images (count, height, width) and labels (count,) of ``PREFIX-images-idx3-ubyte`` and its partner.
+
+    Raises:
+        UserError: a file is missing or not what it should be, or the two do not belong together.
+    """
     images_path = _find(root, f"{prefix}-images-idx3-ubyte")
     labels_path = _find(root, f"{prefix}-labels-idx1-ubyte")
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
@@ -156,8 +161,8 @@ def _read_fashion_mnist(root: Path) -> _Raw:
         raise UserError(
             f"{root} {state}; install Debian's dataset-fashion-mnist or give the idx files' folder by --root."
         )
-    train_images, train_labels = _read_pair(root, "train")
-    test_images, test_labels = _read_pair(root, "t10k")
+    train_images, train_labels = read_pair(root, "train")
+    test_images, test_labels = read_pair(root, "t10k")
     if train_images.shape[1:] != test_images.shape[1:]:
         raise UserError(
             f"The training images of {root} are {_size(train_images)}, its test images {_size(test_images)}."

@@ -1,0 +1,228 @@
+"""ImageNet and networks of its size: several processes, bfloat16, channels_last, resuming.
+
+    torchrun --nproc-per-node 8 -m examples.imagenet --root /path/to/imagenet --model resnet50
+    python -m examples.imagenet --synthetic --model resnet50 --batch-size 32 --steps 5
+    python -m examples.imagenet --synthetic --model resnet1202 --size 32 --classes 10 --steps 5
+
+``--root`` holds train/CLASS/*.JPEG and val/CLASS/*.JPEG. With ``--steps N`` GHL and backprop take N steps
+each from equal weights on equal batches, and a table says loss and peak memory of both. A run that was
+stopped, or that lost a process, goes on from its last checkpoint when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+import ghl_kernels as ghl
+from examples import curves, data
+from examples.augment import standardize
+from examples.batches import Batches, FolderBatches, MemoryBatches, Share, evaluation_batches
+from examples.fashion_mnist import positive
+from examples.learner import Learner
+from examples.models import MODELS
+from examples.training import Run, Training
+from ghl_kernels.demo.errors import UserError
+from ghl_kernels.demo.memory import peak_bytes
+from ghl_kernels.rule import HebbianRule
+
+METHODS = ("ghl", "kwta", "backprop")
+BATCH_NORM_FOLLOWS = ("resnet",)  # keeps u for its own backward: summing A then costs no memory
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, or take some steps; what the user can mend ends as one line."""
+    options = parser().parse_args(arguments)
+    try:
+        with processes() as (share, device):
+            if options.steps:
+                compare_steps(options, device)
+            else:
+                train(options, share, device)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[tuple[Share, torch.device]]:
+    """This process and its device; torchrun's processes are joined (NCCL on GPUs, else gloo)."""
+    cuda = torch.cuda.is_available()
+    if "WORLD_SIZE" not in os.environ:
+        yield Share(), torch.device("cuda" if cuda else "cpu")
+        return
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield Share(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        dist.destroy_process_group()
+
+
+def make_learner(options: argparse.Namespace, method: str, device: torch.device) -> Learner:
+    """The network, converted for the method, with SGD; the rule sees the batch of all processes."""
+    torch.manual_seed(options.seed)
+    model = MODELS[options.model](size=options.size, classes=options.classes)
+    distributed = dist.is_initialized()
+    if method != "backprop":
+        rule = HebbianRule.kwta(options.k) if method == "kwta" else HebbianRule.ghl(options.temperature)
+        sums_at = "backward" if options.model.startswith(BATCH_NORM_FOLLOWS) else "forward"
+        ghl.convert(model, rule, gate_at="step" if distributed else "backward", sums_at=sums_at)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay
+    )
+    return Learner(model, [optimizer], amp=options.amp, distributed=distributed)
+
+
+def make_run(options: argparse.Namespace, share: Share) -> Run:
+    """Batches, schedule and folder of a run."""
+    if options.synthetic:
+        shape, images = (3, options.size, options.size), options.images
+        kept = data.synthetic(shape, options.classes, images)
+        batches: Batches = MemoryBatches(kept.train, options.batch_size, options.seed, share=share)
+        test: data.Images | data.ImageFolder = kept.test
+    else:
+        folder = data.ImageFolder(options.root / "train")
+        test = data.ImageFolder(options.root / "val")
+        if folder.classes != test.classes or len(folder.classes) > options.classes:
+            raise UserError(
+                f"{options.root} has {len(folder.classes)} classes in train and {len(test.classes)} in val; "
+                f"they must be the same, and at most --classes {options.classes}."
+            )
+        batches = FolderBatches(
+            folder, options.batch_size, options.seed, options.size, options.workers, share
+        )
+    name = f"{options.model}-{options.method}-seed{options.seed}"
+    outside = ("out", "root", "workers", "steps", "checkpoint_every")
+    settings = {key: str(value) for key, value in vars(options).items() if key not in outside}
+    return Run(
+        batches,
+        lambda: evaluation_batches(test, options.size, options.workers, share),
+        data.IMAGENET_MEAN,
+        data.IMAGENET_STD,
+        options.epochs,
+        options.out / name,
+        settings | {"processes": share.world},
+        options.warmup,
+        options.checkpoint_every,
+        channels_last=True,
+        share=share,
+        label=name,
+    )
+
+
+def train(options: argparse.Namespace, share: Share, device: torch.device) -> None:
+    """Train from where the run's checkpoint is; leaves log.csv and curves.png beside it."""
+    run = make_run(options, share)
+    rows = Training(make_learner(options, options.method, device), run).fit()
+    if share.rank == 0:
+        curves.draw({options.method: [rows]}, run.folder / "curves.png", run.label)
+        print(f"{run.label}: {rows[-1]['accuracy']:.2f} % after {len(rows)} epochs; see {run.folder}.")
+
+
+def compare_steps(options: argparse.Namespace, device: torch.device) -> None:
+    """Print losses and peak memory of ``--method`` and of backprop; keep them as JSON.
+
+    Raises:
+        UserError: under torchrun with several processes.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError("--steps compares methods in one process; leave torchrun away.")
+    methods = dict.fromkeys((options.method, "backprop"))
+    found = {method: _take_steps(options, method, device) for method in methods}
+    table = Table("method", "loss, first step", "loss, last step", "peak memory, MiB", "times backprop's")
+    for method, run in found.items():
+        ratio = run["peak_bytes"] / found["backprop"]["peak_bytes"]
+        first, last = run["losses"][0], run["losses"][-1]
+        table.add_row(
+            method, f"{first:.4f}", f"{last:.4f}", f"{run['peak_bytes'] / 2**20:,.0f}", f"{ratio:.3f}"
+        )
+    Console().print(table)
+    kept = ("model", "size", "batch_size", "lr", "amp")
+    result = {key: getattr(options, key) for key in kept} | {"methods": found}
+    path = options.out / "steps" / f"{options.model}-{options.method}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result | {"device": device.type}, indent=1) + "\n")
+
+
+def _take_steps(options: argparse.Namespace, method: str, device: torch.device) -> dict[str, Any]:
+    """Losses of the steps and the most bytes of tensors in the last of them."""
+    learner = make_learner(options, method, device)
+    learner.model.train()
+    run = make_run(options, Share())
+    losses: list[float] = []
+    peak = 0
+    for step in range(options.steps):
+        pixels, labels = next(run.batches.epoch(step // len(run.batches), step % len(run.batches)))
+        images = standardize(pixels, run.mean, run.std, device, torch.channels_last)
+        target = labels.to(device)
+        learner.model.zero_grad()  # the gradients are the step's, not part of what was held before
+
+        def one_step(images: torch.Tensor = images, target: torch.Tensor = target) -> None:
+            losses.append(float(learner.step(images, target, 1.0)))
+
+        if step < options.steps - 1:
+            one_step()
+        else:
+            peak = _peak(one_step, device)
+    return {"losses": losses, "peak_bytes": peak}
+
+
+def _peak(step: Callable[[], None], device: torch.device) -> int:
+    """Most bytes of tensors during a step, above what they held before."""
+    if device.type == "cpu":
+        return peak_bytes(step)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.imagenet",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--root", type=Path, help="folder of train/ and val/")
+    source.add_argument("--synthetic", action="store_true", help="random images of the real shape")
+    parser.add_argument("--images", type=positive, default=256, help="synthetic ones (default: 256)")
+    parser.add_argument("--model", choices=sorted(MODELS), default="resnet50")
+    parser.add_argument("--size", type=positive, default=224)
+    parser.add_argument("--classes", type=positive, default=1000)
+    parser.add_argument("--method", choices=METHODS, default="ghl")
+    parser.add_argument("--k", type=positive, default=8, help="winners of --method kwta")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--momentum", type=float, default=0.0)
+    parser.add_argument("--weight-decay", type=float, default=1e-4)
+    parser.add_argument("--epochs", type=positive, default=90)
+    parser.add_argument("--warmup", type=int, default=5, help="epochs in which the rate rises")
+    parser.add_argument("--batch-size", type=positive, default=32, help="of each process")
+    parser.add_argument("--workers", type=int, default=4, help="that decode images, of each process")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16")
+    parser.add_argument("--steps", type=positive, help="only compare so many steps with backprop's")
+    parser.add_argument("--checkpoint-every", type=positive, default=1000, metavar="STEPS")
+    parser.add_argument("--out", type=Path, default=Path("examples/results"))
+    return parser
+
+
+if __name__ == "__main__":
+    main()

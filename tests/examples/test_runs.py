@@ -1,0 +1,198 @@
+"""The training loop and its commands: resuming bit for bit, and what each command leaves."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from idx_files import write_fashion_mnist
+
+import ghl_kernels as ghl
+from examples import cifar, data, fashion_mnist, imagenet
+from examples.augment import random_crop_and_flip
+from examples.batches import ALONE, MemoryBatches, evaluation_batches
+from examples.learner import Learner
+from examples.methods import METHODS, make_learner
+from examples.models import DeepHebb
+from examples.training import Run, Training, cosine
+from ghl_kernels.demo.errors import UserError
+
+IMAGES = data.synthetic((3, 8, 8), 4, 48, 16)
+
+
+def network() -> DeepHebb:
+    torch.manual_seed(0)
+    model = DeepHebb((4, 6, 8), size=8, classes=4)
+    model.stages[2].append(torch.nn.Dropout(0.3))  # draws from torch's own generator
+    return model
+
+
+def run_in(folder: Path, **changes: object) -> Run:
+    batches = MemoryBatches(IMAGES.train, 10, 0, lambda x, g: random_crop_and_flip(x, 1, g))
+    run = Run(
+        batches,
+        lambda: evaluation_batches(IMAGES.test, 8, 0, ALONE),
+        IMAGES.mean,
+        IMAGES.std,
+        2,
+        folder,
+        {"a": 1},
+    )
+    return dataclasses.replace(run, **changes)
+
+
+def gradient_learner(gate_at: str) -> Learner:
+    model = ghl.convert(network(), gate_at=gate_at)
+    return Learner(model, [torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)])
+
+
+LEARNERS = {
+    "backward": lambda: gradient_learner("backward"),
+    "step": lambda: gradient_learner("step"),
+    "local": lambda: make_learner(METHODS["softhebb"], network(), 1),
+    "swta": lambda: make_learner(METHODS["swta-fh"], network(), 1),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("stops", [[3], [5], [2, 6]])
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path, name: str, stops: list[int]) -> None:
+    """Stopped in the middle and at the end of an epoch of five steps."""
+    whole = Training(learner := LEARNERS[name](), run_in(tmp_path / "whole"))
+    rows = whole.fit()
+    for stop in stops:
+        stopped = Training(LEARNERS[name](), run_in(tmp_path / "stopped"))
+        stopped.fit(stop_after=stop)
+        stopped.save()
+    resumed = Training(again := LEARNERS[name](), run_in(tmp_path / "stopped"))
+    assert resumed.step == sum(stops)
+    assert resumed.fit() == rows
+    assert len(rows) == 2
+    for key, value in learner.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+    logs = [(tmp_path / folder / "log.csv").read_bytes() for folder in ("whole", "stopped")]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_methods_train_what_they_say(key: str) -> None:
+    model = DeepHebb((4, 6, 8), size=8, classes=4)
+    learner = make_learner(METHODS[key], model, 1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    x, y = IMAGES.train.pixels[:16].float() / 255, IMAGES.train.labels[:16]
+    moved = []
+    if learner.local_epochs:
+        learner.local_step(x, 1.0)
+        moved.append({name for name, p in model.named_parameters() if not torch.equal(p, before[name])})
+        before = {name: p.clone() for name, p in model.named_parameters()}
+    assert math.isfinite(learner.step(x, y, 1.0))
+    moved.append({name for name, p in model.named_parameters() if not torch.equal(p, before[name])})
+    filters = {f"stages.{i}.1.weight" for i in range(3)}
+    read_out = {"classifier.weight", "classifier.bias"}
+    how = METHODS[key].how
+    expected = {"gradient": [filters | read_out], "frozen": [read_out]}.get(how, [filters, read_out])
+    assert moved == expected
+
+
+def test_channels_last_and_amp_train(tmp_path: Path) -> None:
+    model = ghl.convert(network()).to(memory_format=torch.channels_last)
+    learner = Learner(model, [torch.optim.SGD(model.parameters(), 0.01)], amp=True)
+    rows = Training(learner, run_in(tmp_path, channels_last=True)).fit()
+    assert rows[1]["loss"] < rows[0]["loss"]
+
+
+def test_cosine() -> None:
+    assert [cosine(step, 8) for step in (0, 4, 8)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [cosine(step, 6, 2) for step in (0, 1, 2)] == pytest.approx([1 / 3, 2 / 3, 1.0])
+
+
+def test_other_settings_damage_and_divergence_are_refused(tmp_path: Path) -> None:
+    Training(LEARNERS["backward"](), run_in(tmp_path)).fit(stop_after=1)
+    training = Training(LEARNERS["backward"](), run_in(tmp_path))
+    training.save()
+    with pytest.raises(UserError, match=r"a=1 \(now 2\)"):
+        Training(LEARNERS["backward"](), run_in(tmp_path, settings={"a": 2}))
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        Training(LEARNERS["backward"](), run_in(tmp_path))
+    model = network()
+    diverging = Learner(model, [torch.optim.SGD(model.parameters(), float("inf"))])
+    with pytest.raises(UserError, match="lower the learning rate"):
+        Training(diverging, run_in(tmp_path / "new")).fit()
+
+
+def test_fashion_mnist_in_pieces_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, out, docs = tmp_path / "images", tmp_path / "out", tmp_path / "docs"
+    images.mkdir()
+    write_fashion_mnist(images, train=64, test=20)
+    command = ["--root", str(images), "--out", str(out), "--epochs", "1", "--batch-size", "32"]
+    for piece in (["--only", "backprop", "--seeds", "0", "1"], ["--only", "frozen", "--seeds", "0"]):
+        fashion_mnist.main([*command, *piece])
+    result = out / "backprop-seed1" / "result.json"
+    written = result.stat().st_mtime_ns
+    fashion_mnist.main([*command, "--only", "backprop", "--seeds", "1"])
+    assert result.stat().st_mtime_ns == written
+    assert not (out / "backprop-seed1" / "checkpoint.pt").exists()
+    fashion_mnist.main(
+        ["--report", "--out", str(out), "--docs", str(docs), "--steps", str(tmp_path / "none")]
+    )
+    text = (docs / "results.md").read_text()
+    runs = [json.loads((out / f"backprop-seed{i}" / "result.json").read_text()) for i in range(2)]
+    mean = sum(run["rows"][-1]["accuracy"] for run in runs) / 2
+    assert f"| backprop | {mean:.2f} (" in text
+    assert f"3 of {2 * len(METHODS)} runs are in" in text
+    assert (docs / "results" / "fashion-mnist.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="other settings"):
+        fashion_mnist.main([*command, "--only", "frozen", "--seeds", "0", "--epochs", "2"])
+    with pytest.raises(SystemExit, match="no finished run"):
+        fashion_mnist.main(["--report", "--out", str(tmp_path / "empty"), "--docs", str(docs)])
+
+
+@pytest.mark.parametrize("method", ["ghl", "kwta"])
+def test_cifar_presets(method: str) -> None:
+    model = DeepHebb((8, 9, 10), size=8)
+    cifar.convert(model, method, cifar.PRESETS["deephebb"], k=3)
+    temperatures = [stage[1].rule.temperature for stage in model.stages]
+    winners = [stage[1].rule.winners for stage in model.stages]
+    assert temperatures == pytest.approx([1, 1 / 0.65, 4] if method == "ghl" else [1, 1, 1])
+    assert winners == ([None] * 3 if method == "ghl" else [3] * 3)
+
+
+def test_cifar_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--synthetic", "--model", "fasthebb", "--limit", "16", "--batch-size", "8", "--epochs", "1"]
+    cifar.main([*command, "--out", str(tmp_path)])
+    folder = tmp_path / "synthetic-fasthebb-ghl-seed0"
+    with (folder / "log.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
+    assert (folder / "curves.png").is_file()
+    with pytest.raises(SystemExit, match="does not exist"):
+        cifar.main(["--root", str(tmp_path / "absent")])
+
+
+def test_imagenet_steps_beside_backprop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--synthetic", "--model", "resnet20", "--size", "32", "--classes", "4", "--images", "16"]
+    imagenet.main([*command, "--batch-size", "16", "--steps", "4", "--no-amp", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "steps" / "resnet20-ghl.json").read_text())["methods"]
+    assert result["ghl"]["losses"][0] == result["backprop"]["losses"][0]
+    assert result["ghl"]["losses"][-1] < result["ghl"]["losses"][0]
+    assert result["ghl"]["peak_bytes"] > 0
+    assert "backprop" in capsys.readouterr().out
+
+
+def test_imagenet_over_two_processes_resumes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "examples.imagenet", "--synthetic", "--model", "resnet20", "--size", "16"]
+    command += ["--classes", "4", "--images", "16", "--batch-size", "4", "--epochs", "1", "--warmup", "0"]
+    command += ["--no-amp", "--out", str(tmp_path)]
+    for _ in range(2):  # the second finds a finished run
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+    with (tmp_path / "resnet20-ghl-seed0" / "log.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 1
