@@ -40,31 +40,8 @@ read-out learns. Test accuracy in percent after the last epoch, mean of the seed
 The read-out sees 3 x 3 positions of every filter, as DeepHebb's does, which helps random filters: the
 demo's network, with one number per filter, tells methods further apart.
 
-### What decides GHL's accuracy here
-
-Short runs: one seed, 10,000 training images, 2 epochs, tested on 2,000 other training images, where one image
-is 0.05 points. Backprop's best of six settings had 87.3, frozen filters 80.1.
-
-| rule | learning rate | accuracy |
-| --- | --- | --- |
-| softmax, `normalize="layer"` | 0.003, 0.01, 0.03 | 82.6, 84.0, 83.8 |
-| the same, momentum 0.9 | 0.002 | 84.2 |
-| the same, temperatures 1, 1.54, 4 (the authors') | 0.01 | 85.3 |
-| softmax, `normalize="filter"` | 0.003, 0.01, 0.03 | 86.2, 87.4, 87.3 |
-| the same, momentum 0.9 | 0.0005, 0.002 | 86.6, 87.2 |
-| the same, weight decay 0.05 | 0.01 | 87.7 |
-| the same, temperature 0.5, 4 | 0.01 | 87.0, 87.9 |
-| k = 4, `normalize="layer"` | 0.003, 0.01 | 82.5, 83.6 |
-| k = 1, `normalize="filter"` | 0.01 | 85.9 |
-| k = 4, `normalize="filter"` | 0.003, 0.01, 0.03 | 85.7, 86.6, 87.0 |
-| k = N / 2, `normalize="filter"` | 0.01 | 87.7 |
-| k = N, `normalize="filter"` | 0.01 | 88.1 |
-
-The scale decides, more than rate, momentum, decay or temperature. With one scale for the layer, most filters
-move little: on the first batch the median filter's largest update is 0.14, 0.40 and 0.34 of its layer's in
-the three layers (softmax), and 0.05, 0.11 and 0.03 with k = 1. A scale per filter gives each a step of the
-same size. A higher temperature narrows the same gap (0.35, 0.55 and 0.61 at temperature 4). The authors'
-scale is the layer's; the table has both.
+A scale per filter (`normalize="filter"`) gives every filter a step of the same size; with the authors' scale,
+one for the layer, most filters move little. The table has both.
 """
 
 STEPS = """
