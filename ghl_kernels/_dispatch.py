@@ -40,8 +40,9 @@ _CROSSOVER: dict[tuple[str, str], float] = {
     ("cuda", "depthwise"): 0.0,
 }
 
-# Lists of winners take 8 bytes a winner: up to here they are well below a float u's 4 bytes a unit.
-_WORTH_KEEPING = 0.125
+# Lists of winners take 8 bytes a winner, a float u 4 bytes a unit: up to here the lists are 6% of u, and less
+# of all that a layer and what follows it keep for backward. With more winners A or u itself is kept.
+_WORTH_KEEPING = 0.03
 
 
 class BackendStatus(NamedTuple):

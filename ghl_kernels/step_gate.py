@@ -37,14 +37,30 @@ class _Seen(NamedTuple):
         return self.tensor() is tensor and self.version == tensor._version
 
 
+# by the id of the weight, which its attachment keeps alive
 _attached: dict[int, weakref.ref[Attachment]] = {}
 
 
+def _register(attachment: Attachment) -> None:
+    key = id(attachment.weight)
+
+    def forget(reference: weakref.ref[Attachment]) -> None:
+        if _attached.get(key) is reference:  # the weight may have a new attachment by now
+            del _attached[key]
+
+    _attached[key] = weakref.ref(attachment, forget)
+
+
 def _forbid_foreign_step(optimizer: Optimizer, *_: Any) -> None:
-    for reference in tuple(_attached.values()):  # at once: other threads may attach layers
-        attachment = reference()
-        if attachment is not None:
-            attachment.forbid_step_of(optimizer)
+    if not _attached:
+        return
+    # no other tensors: a backward pass in another thread changes their gradients while they are looked at
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            reference = _attached.get(id(parameter))
+            attachment = None if reference is None else reference()
+            if attachment is not None:
+                attachment.forbid_step_of(optimizer)
 
 
 # on all optimizers: the one that no StepGate serves, and that would step on plain gradients, has no other
@@ -72,8 +88,7 @@ class Attachment:
         self._accumulated = [0, 0]  # passes that added to weight.grad and to the sums
         self._is_idle = False  # no pass of this process has a part in weight.grad
         layer._attachment = self
-        key = id(self)
-        _attached[key] = weakref.ref(self, lambda _: _attached.pop(key, None))
+        _register(self)
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         """Where the sums go in the next backward pass.
@@ -150,13 +165,11 @@ class Attachment:
             probe.observe_rule(G, A, moments, layer.weight.detach())
 
     def forbid_step_of(self, optimizer: Optimizer) -> None:
-        """After a step of any optimizer: RuntimeError if it was one on this layer's plain gradient."""
-        is_pending = self.weight.grad is not None and self._stepped is None and any(self._accumulated)
-        if not is_pending or self._swapped is not None or self._weight_version == self.weight._version:
+        """After a step of an optimizer that holds the weight: RuntimeError if it took the plain gradient."""
+        if optimizer is self._owner() or self._swapped is not None:
             return
-        if optimizer is not self._owner() and any(
-            p is self.weight for group in optimizer.param_groups for p in group["params"]
-        ):
+        is_pending = self.weight.grad is not None and self._stepped is None and any(self._accumulated)
+        if is_pending and self._weight_version != self.weight._version:
             raise RuntimeError(
                 f"the weight of {self.name!r} was stepped on its plain gradient by an optimizer that its "
                 "StepGate does not serve; call the gate's remove() and make one for the optimizer that steps"
@@ -193,7 +206,7 @@ class Attachment:
         self.restore()
         for handle in self._handles + self._leaf_handles:
             handle.remove()
-        _attached.pop(id(self), None)
+        _attached.pop(id(self.weight), None)
         del self.layer._attachment
 
     def _new_leaves(self) -> tuple[Tensor, Tensor]:

@@ -268,7 +268,7 @@ def test_winners_are_kept_only_where_they_are_summed_from(kind: str) -> None:
     for k in range(1, 97):
         if _dispatch.keeps_winners("cpu", kind, 96, k):
             assert _dispatch.prefers_sparse("cpu", kind, 96, k)
-            assert 8 * k < 4 * 96  # bytes of the lists and of u
+            assert 8 * k <= 0.06 * 4 * 96  # bytes of the lists and of u
 
 
 def test_competition_among_all_units_is_dense() -> None:

@@ -31,9 +31,11 @@ G_RULE = HebbianRule(activity="linear", decay="none", normalize="none")
 sums_at = st.sampled_from(("forward", "backward"))
 
 
-def make(kind: str, rule: HebbianRule | None = None, **options: Any) -> tuple[nn.Module, nn.Module, Tensor]:
+def make(
+    kind: str, rule: HebbianRule | None = None, *, units: int = 11, **options: Any
+) -> tuple[nn.Module, nn.Module, Tensor]:
     """A torch layer, ours with the same parameters, and an input."""
-    sizes = (7, 11) if kind == "Linear" else (6, 11, 3)
+    sizes = (7, units) if kind == "Linear" else (6, units, 3)
     plain = getattr(nn, kind)(*sizes)
     ours = getattr(ghl, f"GHL{kind}")(*sizes, rule=rule, **options)
     ours.load_state_dict(plain.state_dict())
@@ -251,7 +253,7 @@ def test_u_that_is_kept_must_not_change(backend: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_winners_are_kept_instead_of_u(backend: str, kind: str) -> None:
     """Whatever sums_at says: the output may change in place."""
-    _, ours, x = make(kind, HebbianRule.kwta(1), sums_at="backward")
+    _, ours, x = make(kind, HebbianRule.kwta(1), units=40, sums_at="backward")
     run(ours, x)
     expected = ours.weight.grad.clone()
     ours.zero_grad()

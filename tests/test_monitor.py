@@ -268,6 +268,21 @@ def test_no_synchronization_on_a_gpu() -> None:
     assert all(reading.gates == 2 for reading in monitor.read().values())
 
 
+def test_opcheck() -> None:
+    layer = ghl.GHLConv2d(3, 5, 3)
+    monitor = ghl.Monitor(layer, every=1)
+    probe, weight = monitor._probes[""], layer.weight.detach()
+    torch.library.opcheck(
+        torch.ops.ghl.observe_responses_.default,
+        (probe.histogram, torch.randn(2, 5, 4, 4), weight, 1, probe.number),
+    )
+    sums = torch.randn_like(weight), torch.ones(1)
+    for G in (torch.randn_like(weight), None):
+        torch.library.opcheck(
+            torch.ops.ghl.observe_rule_.default, (probe.totals, G, *sums, weight, probe.number)
+        )
+
+
 def test_every_and_reset() -> None:
     """Steps 0, 3 and 6 of eight; after a reset the next step counts as the first."""
     model = _model(RULES["softmax"], "backward")
