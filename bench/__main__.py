@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench.command import main
-from ghl_kernels.demo.errors import UserError
+from ghl_kernels.__main__ import main
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(["bench", *sys.argv[1:]]))

@@ -21,6 +21,7 @@ from bench.gpu import ceilings as gpu_ceilings
 from bench.interleave import pinned_threads
 from bench.race import Target
 from bench.report import Row
+from ghl_kernels.demo.arguments import positive
 from ghl_kernels.demo.errors import UserError
 
 DESCRIPTION = """\
@@ -190,10 +191,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--margin", type=_share, default=MARGIN, help=f"by more than this share (default {MARGIN:g})")
     add("--json", type=pathlib.Path, metavar="FILE", help="write everything to FILE")
     add("--out", type=pathlib.Path, metavar="DIR", help="draw the figures into DIR")
-    add("--rounds", type=_positive, metavar="N", help="timed rounds at most (default 25; 5 with --quick)")
+    add("--rounds", type=positive, metavar="N", help="timed rounds at most (default 25; 5 with --quick)")
     add(
         "--threads",
-        type=_positive,
+        type=positive,
         metavar="N",
         default=torch.get_num_threads(),
         help="torch's threads (default: torch's choice, %(default)s here)",
@@ -284,16 +285,6 @@ def _writing() -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror or error}.") from None
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
 
 
 def _share(text: str) -> float:

@@ -24,15 +24,21 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": device.type,
     }
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found["gpu"] = {
-            "name": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory": properties.total_memory,
-            "l2": properties.L2_cache_size,
-        }
+        found["gpu"] = gpu(device)
     return found
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """Name, compute capability and sizes in bytes of a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "l2": properties.L2_cache_size,
+        "shared_memory": getattr(properties, "shared_memory_per_block_optin", None),
+    }
 
 
 def clocks() -> dict[str, Any]:

@@ -31,6 +31,7 @@ from examples.methods import METHODS, READ_OUT_LR, Method, make_learner
 from examples.models import DeepHebb
 from examples.training import Row, Run, Training
 from ghl_kernels import environment
+from ghl_kernels.demo.arguments import positive
 from ghl_kernels.demo.errors import UserError
 
 WIDTHS = (12, 48, 192)
@@ -149,14 +150,6 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=Path, default=Path("examples/results/steps"), help="results of imagenet --steps"
     )
     return parser
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ import ghl_kernels as ghl
 from examples import curves, data
 from examples.augment import standardize
 from examples.batches import Batches, FolderBatches, MemoryBatches, Share, evaluation_batches
-from examples.fashion_mnist import positive
 from examples.learner import Learner
 from examples.models import MODELS
 from examples.training import Run, Training
+from ghl_kernels.demo.arguments import positive
 from ghl_kernels.demo.errors import UserError
 from ghl_kernels.demo.memory import peak_bytes
 from ghl_kernels.rule import HebbianRule

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import ghl_kernels as ghl
+from bench.interleave import pinned_threads
 from ghl_kernels import _dispatch, _native
 
 # Where tools/cuda_on_host builds the CUDA kernels for the CPU; kernels for a GPU are tested by test_gpu.py.
@@ -47,6 +48,13 @@ hypothesis.settings.load_profile("ghl")
 def seed() -> None:
     """The same random numbers in every run."""
     torch.manual_seed(20260113)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small tensors: they gain nothing from more threads, and lose much where the cores are busy."""
+    with pinned_threads(1):
+        yield
 
 
 @pytest.fixture(params=["eager", "cpu", "triton", "cuda"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +19,13 @@ from ghl_kernels.demo.memory import peak_bytes
 from ghl_kernels.demo.methods import PRESETS, Method, Settings
 from ghl_kernels.demo.progress import Progress
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 image = pytest.importorskip("matplotlib.image")
 
 METHODS = ["backprop", "ghl-softmax", "ghl-kwta", "local", "frozen"]
 
 LABELS = tuple(method.label for method in PRESETS["digits"].methods)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These networks are too small to share, least of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

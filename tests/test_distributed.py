@@ -19,6 +19,7 @@ from reference_model import small_batches, small_network
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 import ghl_kernels as ghl
 from ghl_kernels import HebbianRule
@@ -162,6 +163,17 @@ def _accumulated_and_reduced(rank: int) -> dict[str, list[Tensor]]:
     return results
 
 
+def _step(
+    model: nn.Module, optimizer: Optimizer, seed: int, rank: int | None, dtype: torch.dtype = torch.float64
+) -> None:
+    """A training step on one rank's share of a batch of 8, or (None) on the whole."""
+    ((x, target),) = small_batches(8, dtype=dtype, seed=seed)
+    optimizer.zero_grad()
+    share = slice(None) if rank is None else slice(rank, None, WORLD)
+    F.cross_entropy(model(x[share]), target[share]).backward()
+    optimizer.step()
+
+
 def _shares(rank: int | None, size: int) -> slice:
     """A rank's share of a batch of 7 or 2 items: 5 and 2, then 2 and none."""
     if rank is None:
@@ -197,11 +209,7 @@ def _frozen(rank: int | None) -> list[Tensor]:
         if step == 2:
             model[2].requires_grad_(False)
             wrapped = model if rank is None else DistributedDataParallel(model)
-        ((x, target),) = small_batches(8, seed=step)
-        optimizer.zero_grad()
-        share = slice(None) if rank is None else slice(rank, None, WORLD)
-        F.cross_entropy(wrapped(x[share]), target[share]).backward()
-        optimizer.step()
+        _step(wrapped, optimizer, step, rank)
     return [p.detach().clone() for p in model.parameters()]
 
 
@@ -211,11 +219,7 @@ def _fused(rank: int | None) -> list[Tensor]:
     wrapped = model if rank is None else DistributedDataParallel(model)
     optimizer = ghl.GHLSGD(wrapped, lr=0.05, momentum=0.9)
     for step in range(STEPS):
-        ((x, target),) = small_batches(8, seed=step)
-        optimizer.zero_grad()
-        share = slice(None) if rank is None else slice(rank, None, WORLD)
-        F.cross_entropy(wrapped(x[share]), target[share]).backward()
-        optimizer.step()
+        _step(wrapped, optimizer, step, rank)
     return [p.detach().clone() for p in model.parameters()]
 
 
@@ -284,11 +288,7 @@ def _float32(rank: int | None) -> list[Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     ghl.StepGate(optimizer, wrapped)
     for step in range(10):
-        ((x, target),) = small_batches(8, dtype=torch.float32, seed=step)
-        optimizer.zero_grad()
-        share = slice(None) if rank is None else slice(rank, None, WORLD)
-        F.cross_entropy(wrapped(x[share]), target[share]).backward()
-        optimizer.step()
+        _step(wrapped, optimizer, step, rank, torch.float32)
     return [p.detach().clone() for p in model.parameters()]
 
 

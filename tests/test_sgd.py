@@ -18,6 +18,8 @@ import ghl_kernels as ghl
 from ghl_kernels import HebbianRule, _native
 from ghl_kernels.backends import eager
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 10
 RULES = {
     "softmax": HebbianRule.ghl(temperature=0.5),
@@ -35,15 +37,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
     "maximize": {"momentum": 0.9, "weight_decay": 0.1, "maximize": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more, and lose much where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["eager", "cpu", "fused"])

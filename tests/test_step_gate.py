@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import ghl_kernels as ghl
 from ghl_kernels import HebbianRule
 from ghl_kernels.nn import GHLLayer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RULE = HebbianRule.ghl(temperature=0.5)
 LR = 0.0625  # a power of two: weights differ by exactly the gradient times this, up to their own rounding
@@ -77,15 +79,6 @@ class Training:
     def zero(self) -> None:
         self.optimizer.zero_grad()
         self.reference.forget()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more, and lose much where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -60,15 +59,6 @@ def network() -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Linear(16, 4),
     )
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more, and lose much where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def images(count: int) -> tuple[Tensor, Tensor]:

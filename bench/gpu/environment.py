@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench import machine
 from bench.gpu import ceilings, stage
 from bench.gpu.stage import Stage
 from ghl_kernels import environment
@@ -51,15 +52,7 @@ def _machine(this: Stage) -> dict[str, Any]:
         "nvidia_smi": _nvidia_smi(),
     }
     if not this.dry:
-        properties = torch.cuda.get_device_properties(0)
-        found["gpu"] = {
-            "name": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory": properties.total_memory,
-            "l2": properties.L2_cache_size,
-            "shared_memory": getattr(properties, "shared_memory_per_block_optin", None),
-        }
+        found["gpu"] = machine.gpu(this.device)
     return found
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ghl_kernels.demo.arguments import positive
+
 from . import cost, data, train
 from .errors import UserError
 from .methods import PRESETS, Settings
@@ -53,7 +55,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     images.add_argument(
         "--limit",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="use only the first N training and the first N test images",
     )
@@ -63,9 +65,9 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="to choose settings: test on the last quarter of the training images, which then do not train",
     )
     training = parser.add_argument_group("training (defaults depend on the images)")
-    training.add_argument("--epochs", type=_positive, metavar="N", help="passes through the training images")
-    training.add_argument("--seeds", type=_positive, metavar="N", help="train with seeds 0 to N-1")
-    training.add_argument("--batch-size", type=_positive, metavar="N", help="images per step")
+    training.add_argument("--epochs", type=positive, metavar="N", help="passes through the training images")
+    training.add_argument("--seeds", type=positive, metavar="N", help="train with seeds 0 to N-1")
+    training.add_argument("--batch-size", type=positive, metavar="N", help="images per step")
     training.add_argument(
         "--lr",
         type=_rate,
@@ -76,7 +78,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "every method's read-out (NAME: read-out); may be repeated",
     )
     training.add_argument(
-        "--threads", type=_positive, metavar="N", help="threads (default: 1 for digits, else torch's choice)"
+        "--threads", type=positive, metavar="N", help="threads (default: 1 for digits, else torch's choice)"
     )
     parser.add_argument(
         "--out",
@@ -187,16 +189,6 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
 
 
 def _rate(text: str) -> tuple[str, float]:
