@@ -119,7 +119,8 @@ class Training:
             self._one_step(*self._place(batch))
             progress.advance()
             every = self.run.checkpoint_every
-            if every and self.step % every == 0:
+            # the last step's checkpoint is _end_epoch's: without the epoch's row it would be lost on resuming
+            if every and self.step % every == 0 and self.step % len(self.run.batches):
                 self.save()
 
     def _one_step(self, images: Tensor, labels: Tensor) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from idx_files import write_fashion_mnist
 import ghl_kernels as ghl
 from examples import cifar, data, fashion_mnist, imagenet
 from examples.augment import random_crop_and_flip
-from examples.batches import ALONE, MemoryBatches, evaluation_batches
+from examples.batches import ALONE, Batch, MemoryBatches, evaluation_batches
 from examples.learner import Learner
 from examples.methods import METHODS, make_learner
 from examples.models import DeepHebb
@@ -79,6 +80,20 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, name: str, stops: list[
         assert torch.equal(value, again.model.state_dict()[key]), key
     logs = [(tmp_path / folder / "log.csv").read_bytes() for folder in ("whole", "stopped")]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_run_killed_while_testing_loses_no_row(tmp_path: Path, every: int) -> None:
+    """A checkpoint is due at the last of an epoch's five steps, before the epoch's row is there."""
+    rows = Training(LEARNERS["backward"](), run_in(tmp_path / "whole")).fit()
+
+    def killed() -> Iterator[Batch]:
+        raise KeyboardInterrupt
+
+    run = run_in(tmp_path / "killed", checkpoint_every=every)
+    with pytest.raises(KeyboardInterrupt):
+        Training(LEARNERS["backward"](), dataclasses.replace(run, test=killed)).fit()
+    assert Training(LEARNERS["backward"](), run).fit() == rows
 
 
 @pytest.mark.parametrize("key", METHODS)
