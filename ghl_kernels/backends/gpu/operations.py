@@ -325,9 +325,9 @@ def _add_product(total: Tensor | None, rows: Tensor, x: Tensor) -> Tensor:
     if x.dtype == torch.float32 or x.device.type == "cpu":  # only CUDA widens the result of a 16-bit product
         product = rows.float().t(), x.float()
         return torch.mm(*product) if total is None else total.addmm_(*product)
-    if total is None:
-        return torch.mm(rows.t(), x, out_dtype=torch.float32)
-    return torch.addmm(total, rows.t(), x, out_dtype=torch.float32)
+    part = torch.mm(rows.t(), x, out_dtype=torch.float32)
+    # addmm would spare a pass, but refuses a total wider than its operands in torch before 2.10
+    return part if total is None else total.add_(part)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
