@@ -132,7 +132,7 @@ def test_the_state_is_computed_in_the_kernel_only_where_a_tile_holds_it(chip: ar
 
 
 def test_the_library_is_taken_only_where_it_is_as_accurate() -> None:
-    """Never for a 16-bit convolution; by arithmetic intensity elsewhere."""
+    """Never for a 16-bit convolution, nor for 16 bits on AMD; by arithmetic intensity elsewhere."""
     chip = arch.KNOWN["sm_90"]
 
     def taken(units: int, features: int, itemsize: int, *, is_conv: bool) -> bool:
@@ -144,6 +144,9 @@ def test_the_library_is_taken_only_where_it_is_as_accurate() -> None:
     assert not taken(64, 64, 2, is_conv=False)
     assert taken(512, 512, 4, is_conv=True)
     assert not taken(8, 8, 4, is_conv=True)
+    chip = arch.KNOWN["gfx942"]
+    assert not taken(4096, 4096, 2, is_conv=False)
+    assert taken(512, 512, 4, is_conv=False)
 
 
 def test_a_measured_choice_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,9 +202,10 @@ def prefers_library(problem: Problem, arch: Arch, *, is_conv: bool) -> bool:
     """Whether y is to be written and the library's product called, where that is equally accurate.
 
     Decided by arithmetic intensity, FLOP per byte moved: above the threshold the library's matrix rate
-    decides, below it the bytes do. A convolution in 16 bits rounds A to them and is never chosen.
+    decides, below it the bytes do. A convolution in 16 bits rounds A to them and is never chosen, nor is
+    any product of 16 bits on AMD, whose float32 results are wrong in some of the torches that are supported.
     """
-    if is_conv and problem.itemsize == 2:
+    if problem.itemsize == 2 and (is_conv or arch.is_amd):
         return False
     measured = _measured(arch.name).get(_key(problem) + ":library")
     if measured is not None:
