@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -247,6 +248,22 @@ def test_table_is_made_again_only_when_something_moved() -> None:
     assert epilogue._upload.cache_info().hits == before.hits + 1
     run("gate", [job._replace(out=job.out.clone())])
     assert epilogue._upload.cache_info().misses == before.misses + 1
+
+
+def test_the_device_of_the_tensors_is_asked_whether_it_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one may be the current device."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def entered(device: torch.device) -> Iterator[None]:
+        previous, current[0] = current[0], device.index
+        yield
+        current[0] = previous
+
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
+    assert epilogue._is_capturing(torch.device("cuda", 1))
+    assert not epilogue._is_capturing(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 1023, 8192, 8193, 65_536, 1_000_003])

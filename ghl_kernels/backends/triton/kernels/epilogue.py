@@ -472,11 +472,17 @@ def _on_device(values: list[int], device: torch.device) -> Tensor:
     content = array.array("q", values).tobytes()
     if device.type == "cpu":
         return _upload(content, device, 0)
-    if torch.cuda.is_current_stream_capturing():
+    if _is_capturing(device):
         # Not from the cache and not for it: this copy runs at every replay, and not before the first.
         return _upload.__wrapped__(content, device, 0)
     # the stream is part of the key because nothing else orders the copy before another stream's kernels
     return _upload(content, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the stream that the kernels go to is; torch answers for the current device's."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 # Pinned tables that a CUDA graph reads at its replays. Nothing tells when the graph is gone.
@@ -489,7 +495,7 @@ def _upload(content: bytes, device: torch.device, stream: int) -> Tensor:
     if device.type == "cpu":
         return source
     source = source.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
+    if _is_capturing(device):
         _captured.append(source)
     # torch's pinned allocator does not hand the memory out again before the copy has been made
     return source.to(device, non_blocking=True)
