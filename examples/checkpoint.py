@@ -9,45 +9,72 @@ from typing import Any
 
 import torch
 
+from examples.batches import Share
 from ghl_kernels.demo.errors import UserError
 
 
-def save(path: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Write ``state`` with the random number generators; an interrupted write leaves the old file.
+def save(
+    path: Path, state: dict[str, Any], own: dict[str, Any], settings: dict[str, Any], share: Share
+) -> None:
+    """Write ``state`` of the first process, and of each its ``own`` with its random number generators.
+
+    Every process has to call it. An interrupted write leaves the old file.
 
     Args:
         path: the file; its folder is made.
         state: tensors, numbers, strings and containers of them.
+        own: likewise, what differs between processes.
         settings: what decides the run; ``load`` refuses others.
+        share: which process this is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    generators = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        generators["cuda"] = torch.cuda.get_rng_state()
-    unfinished = path.with_suffix(".unfinished")
-    torch.save({"state": state, "settings": settings, "generators": generators}, unfinished)
-    os.replace(unfinished, path)
+    mine = own | {"generators": _generators()}
+    by_rank = [mine] * share.world
+    if share.world > 1:
+        torch.distributed.all_gather_object(by_rank, mine)
+    if share.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        content = {"state": state, "by_rank": by_rank, "settings": _complete(settings, share)}
+        torch.save(content, unfinished)
+        os.replace(unfinished, path)
 
 
-def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The state in ``path``, with the generators set to where they were; None where there is no file.
+def load(path: Path, settings: dict[str, Any], share: Share) -> dict[str, Any] | None:
+    """State and this process's own in ``path``, the generators set to where they were; None without a file.
 
     Raises:
-        UserError: the file is damaged, or a run with other settings wrote it.
+        UserError: the file is damaged, or a run with other settings or so many processes wrote it.
     """
     if not path.exists():
         return None
     try:
         # on the CPU: load_state_dict copies to where each tensor belongs
         content = torch.load(path, map_location="cpu", weights_only=True)
-        kept, state, generators = content["settings"], content["state"], content["generators"]
+        kept, state, by_rank = content["settings"], content["state"], content["by_rank"]
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is not a checkpoint of these examples: {error}.") from None
-    other = sorted(key for key in kept.keys() | settings.keys() if kept.get(key) != settings.get(key))
+    now = _complete(settings, share)
+    other = sorted(key for key in kept.keys() | now.keys() if kept.get(key) != now.get(key))
     if other:
-        found = ", ".join(f"{key}={kept.get(key)!r} (now {settings.get(key)!r})" for key in other)
+        found = ", ".join(f"{key}={kept.get(key)!r} (now {now.get(key)!r})" for key in other)
         raise UserError(f"{path} is of a run with {found}; give another --out, or delete it to start anew.")
+    own = by_rank[share.rank]
+    _set_generators(own["generators"])
+    return state | own
+
+
+def _complete(settings: dict[str, Any], share: Share) -> dict[str, Any]:
+    return settings | {"processes": share.world}
+
+
+def _generators() -> dict[str, torch.Tensor]:
+    generators = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        generators["cuda"] = torch.cuda.get_rng_state()
+    return generators
+
+
+def _set_generators(generators: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(generators["cpu"])
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state(generators["cuda"])
-    return state

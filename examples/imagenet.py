@@ -115,7 +115,7 @@ def make_run(options: argparse.Namespace, share: Share) -> Run:
         data.IMAGENET_STD,
         options.epochs,
         options.out / name,
-        settings | {"processes": share.world},
+        settings,
         options.warmup,
         options.checkpoint_every,
         channels_last=True,

@@ -80,7 +80,7 @@ class Training:
         self.rows: list[Row] = []
         self._loss = torch.zeros((), dtype=torch.float64, device=learner.device)
         self._path = run.folder / "checkpoint.pt"
-        state = checkpoint.load(self._path, run.settings)
+        state = checkpoint.load(self._path, run.settings, run.share)
         if state is not None:
             learner.load_state_dict(state["learner"])
             self.step, self.rows = state["step"], state["rows"]
@@ -176,15 +176,15 @@ class Training:
         return 100.0 * right / total
 
     def save(self) -> None:
-        """Write the checkpoint, from the first process: with DDP all have the same state."""
-        if self.run.share.rank == 0:
-            state = {
-                "learner": self.learner.state_dict(),
-                "step": self.step,
-                "rows": self.rows,
-                "loss": self._loss.cpu(),
-            }
-            checkpoint.save(self._path, state, self.run.settings)
+        """Write the checkpoint; every process has to call it.
+
+        Weights and optimizers are the same in all processes. Running statistics of batch norm differ, but
+        every forward pass of DistributedDataParallel starts from the first process's.
+        """
+        state = {"learner": self.learner.state_dict(), "step": self.step, "rows": self.rows}
+        # a sum over processes, continued in one of them, would round otherwise than one never interrupted
+        own = {"loss": self._loss.cpu()}
+        checkpoint.save(self._path, state, own, self.run.settings, self.run.share)
 
     def _describe(self, progress: Progress, epoch: int) -> None:
         local = self.learner.local_epochs

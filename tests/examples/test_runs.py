@@ -14,39 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from idx_files import write_fashion_mnist
+from small_runs import IMAGES, network, run_in
 
 import ghl_kernels as ghl
-from examples import cifar, data, fashion_mnist, imagenet
-from examples.augment import random_crop_and_flip
-from examples.batches import ALONE, Batch, MemoryBatches, evaluation_batches
+from examples import cifar, fashion_mnist, imagenet
+from examples.batches import Batch
 from examples.learner import Learner
 from examples.methods import METHODS, make_learner
 from examples.models import DeepHebb
-from examples.training import Run, Training, cosine
+from examples.training import Training, cosine
 from ghl_kernels.demo.errors import UserError
-
-IMAGES = data.synthetic((3, 8, 8), 4, 48, 16)
-
-
-def network() -> DeepHebb:
-    torch.manual_seed(0)
-    model = DeepHebb((4, 6, 8), size=8, classes=4)
-    model.stages[2].append(torch.nn.Dropout(0.3))  # draws from torch's own generator
-    return model
-
-
-def run_in(folder: Path, **changes: object) -> Run:
-    batches = MemoryBatches(IMAGES.train, 10, 0, lambda x, g: random_crop_and_flip(x, 1, g))
-    run = Run(
-        batches,
-        lambda: evaluation_batches(IMAGES.test, 8, 0, ALONE),
-        IMAGES.mean,
-        IMAGES.std,
-        2,
-        folder,
-        {"a": 1},
-    )
-    return dataclasses.replace(run, **changes)
 
 
 def gradient_learner(gate_at: str) -> Learner:
