@@ -1,13 +1,13 @@
 """A run against an earlier one: which ratios got worse, which are new and which are missing.
 
 Ratios, not times: on a shared machine only these survive from run to run, and only those of rows that are
-marked as stable.
+marked as stable in the earlier run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from bench.report import Row
 
@@ -16,7 +16,7 @@ MARGIN = 0.25  # two quiet runs on a shared machine differ by less
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Sentences, a row each; the run fails when something got worse."""
+    """Sentences, a row each. A run fails where something got worse or is missing, or nothing was compared."""
 
     worse: list[str]
     new: list[str]
@@ -25,7 +25,7 @@ class Comparison:
 
     @property
     def failed(self) -> bool:
-        return bool(self.worse)
+        return bool(self.worse or self.missing) or not self.compared
 
     def __str__(self) -> str:
         lines = [f"{self.compared} stable ratios compared, {len(self.worse)} got worse"]
@@ -34,12 +34,15 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(rows: Sequence[Row], before: Sequence[Row], margin: float = MARGIN) -> Comparison:
+def compare(
+    rows: Sequence[Row], before: Sequence[Row], suites: Collection[str], margin: float = MARGIN
+) -> Comparison:
     """Compare the stable rows of two runs.
 
     Args:
         rows: of this run.
-        before: of the earlier one; its rows of suites that this run did not take are left out.
+        before: of the earlier one.
+        suites: that this run took; the earlier rows of others are left out.
         margin: share by which a ratio may get worse.
 
     Raises:
@@ -47,8 +50,7 @@ def compare(rows: Sequence[Row], before: Sequence[Row], margin: float = MARGIN) 
     """
     if not margin > 0.0:
         raise ValueError(f"margin must be positive, got {margin}")
-    suites = {row.suite for row in rows}
-    now = {row.key[:3]: row for row in rows if row.stable}
+    now = {row.key[:3]: row for row in rows}
     then = {row.key[:3]: row for row in before if row.stable and row.ratio and row.suite in suites}
     both = now.keys() & then.keys()
     worse = [
@@ -56,7 +58,7 @@ def compare(rows: Sequence[Row], before: Sequence[Row], margin: float = MARGIN) 
     ]
     return Comparison(
         worse=worse,
-        new=[_name(row) for key, row in now.items() if key not in then],
+        new=[_name(row) for key, row in now.items() if row.stable and key not in then],
         missing=[_name(row) for key, row in then.items() if key not in now],
         compared=len(both),
     )

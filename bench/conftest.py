@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import ceilings
 from bench.interleave import pinned_threads
 from bench.race import Contender, Race
 
@@ -22,8 +23,14 @@ def _pinned_threads(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def limits(request: pytest.FixtureRequest) -> dict[str, float]:
+    """The machine's ceilings, for the floors."""
+    return ceilings.measure(request.config.getoption("--torch-threads"), size=1024)
+
+
 @pytest.fixture
-def enter(benchmark: Any) -> Callable[[Race, Contender], None]:
+def enter(benchmark: Any, limits: dict[str, float]) -> Callable[[Race, Contender], None]:
     """Check a contender against the float64 reference, then time it."""
 
     def run(race: Race, contender: Contender) -> None:
@@ -34,7 +41,8 @@ def enter(benchmark: Any) -> Callable[[Race, Contender], None]:
         inputs = race.inputs()
         race.check(contender, inputs, race.expected(*inputs))
         benchmark.group = f"{race.suite} {race.case}"
-        benchmark.extra_info.update(race.work._asdict())
+        floor = race.work.floor_seconds(limits, race.target.precision)
+        benchmark.extra_info.update(race.work._asdict(), floor_seconds=floor)
         benchmark(contender, *inputs)
 
     return run

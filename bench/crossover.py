@@ -2,23 +2,24 @@
 
 For each layer shape and fraction k/N of winners, both whole paths from u to A are timed in interleaved
 rounds: the winners' lists and the sparse sum against dense k-WTA and the library's weight gradient. The
-crossover is where the cost ratio passes 1, interpolated in log(k/N). It belongs in the table of
+crossover is where a line fitted to the cost ratio passes 1. It belongs in the table of
 ghl_kernels/_dispatch.py, rounded down so that a wrong guess costs little.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from bench.correlation import Correlation, conv_correlation, linear_correlation
 from bench.interleave import Candidate, interleave, pinned_threads
 from bench.parity import assert_close
 from bench.shapes import DEEPHEBB, ConvShape
 
-FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 CONVOLUTIONS = (
     *DEEPHEBB,
     ConvShape(32, 64, 64, 32, 3),
@@ -29,19 +30,19 @@ LINEAR = ((512, 1024, 1024), (2048, 2304, 4096), (64, 4096, 4096))
 
 
 def crossover(fractions: Sequence[float], costs: Sequence[float]) -> float:
-    """The largest fraction at which the sparse path is no slower: its cost ratio (sparse / dense) is 1.
+    """The fraction k/N at which the sparse path costs as much as the dense one.
 
-    Interpolated in log(fraction) between the last fraction with a cost of at most 1 and the next one;
-    0 if the sparse path never wins, the last fraction if it always does.
+    The sparse sum takes time in proportion to k beside a fixed part, the dense one does not depend on k: the
+    cost ratio (sparse / dense) is fitted by a + b k/N, by least squares of the relative errors, so that small
+    ratios count as much as large ones. The crossover is (1 - a) / b; 0 if the sparse path never wins, the
+    last fraction if it wins up to there.
     """
-    wins = [i for i, cost in enumerate(costs) if cost <= 1.0]
-    if not wins:
+    x, y = np.asarray(fractions), np.asarray(costs)
+    (a, b), *_ = np.linalg.lstsq(np.stack([1.0 / y, x / y], axis=1), np.ones_like(y), rcond=None)
+    most = fractions[-1]
+    if a >= 1.0:
         return 0.0
-    last = wins[-1]
-    if last == len(costs) - 1:
-        return fractions[last]
-    share = (1.0 - costs[last]) / (costs[last + 1] - costs[last])
-    return math.exp(math.log(fractions[last]) * (1.0 - share) + math.log(fractions[last + 1]) * share)
+    return float(min((1.0 - a) / b, most)) if b > 0.0 else most
 
 
 def sparse_cost(case: Correlation, options: argparse.Namespace) -> float:

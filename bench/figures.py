@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from bench import scaling
 from bench.report import Row
 
 matplotlib.use("Agg")
@@ -94,11 +95,9 @@ def _ceilings(axes: Axes, ceilings: Mapping[str, float], intensities: Sequence[f
 
 def crossover(rows: Sequence[Row], ceilings: Mapping[str, float], path: pathlib.Path) -> bool:
     """Time of the sparse sum over the dense one's, by the share of winners, a line for every shape."""
-    found = [
-        row
-        for row in rows
-        if row.suite == "sparse" and row.stable and row.ratio and row.fraction and row.against == "ghl dense"
-    ]
+    timed = [row for row in rows if row.suite == "sparse" and row.ratio and row.against == "ghl dense"]
+    first = next((row.name for row in timed if row.is_ours and row.name != row.against), None)
+    found = [row for row in timed if row.name == first and row.fraction]
     shapes = list(dict.fromkeys(row.case.rpartition(" ")[0] for row in found))
     if not shapes:
         return False
@@ -137,11 +136,20 @@ def memory(rows: Sequence[Row], ceilings: Mapping[str, float], path: pathlib.Pat
     return _save(figure, path)
 
 
+def growth(rows: Sequence[Row], ceilings: Mapping[str, float], path: pathlib.Path) -> bool:
+    """Cost against B, N, D, k and threads with the fitted exponents, and the fitted crossovers."""
+    if not scaling.series(rows):
+        return False
+    scaling.figure(rows, path)
+    return True
+
+
 _FIGURES: dict[str, Callable[[Sequence[Row], Mapping[str, float], pathlib.Path], bool]] = {
     "speed": speed,
     "roofline": roofline,
     "crossover": crossover,
     "memory": memory,
+    "scaling": growth,
 }
 
 

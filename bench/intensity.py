@@ -1,9 +1,9 @@
-"""Rows by the arithmetic intensity of their case, and how each class fares against its fastest rivals."""
+"""Rows by the arithmetic intensity of their case, and how this package fares against its fastest rivals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from bench.report import Row
@@ -14,7 +14,7 @@ NO_PRODUCTS = "no products"
 
 
 class Mean(NamedTuple):
-    """Geometric mean, over ``cases``, of the fastest rival's time as a multiple of our fastest backend's."""
+    """Geometric mean, over ``cases``, of the fastest rival's time as a multiple of ours."""
 
     times_faster: float
     cases: int
@@ -35,20 +35,34 @@ def by_case(rows: Iterable[Row]) -> list[list[Row]]:
     return list(found.values())
 
 
-def fastest(rows: Iterable[Row]) -> Row | None:
-    """The row with the smallest median time; None where nothing was timed."""
-    timed = [row for row in rows if row.seconds is not None]
-    return min(timed, key=lambda row: row.seconds.median, default=None)
+class Contest(NamedTuple):
+    """What this package does by default on one case, and the rivals that compute the same, fastest first."""
+
+    ours: Row
+    rivals: list[Row]
 
 
-def mean(rows: Sequence[Row]) -> Mean | None:
-    """None where no case has both a contender of this package and a rival."""
-    factors = []
+def contests(rows: Iterable[Row]) -> list[Contest]:
+    """Of every case and rule for which this package and a rival were timed."""
+    found = []
     for case in by_case(rows):
-        ours = fastest(row for row in case if row.is_ours)
-        rival = fastest(row for row in case if not row.is_ours)
-        if ours and rival:
-            factors.append(rival.seconds.median / ours.seconds.median)
+        timed = sorted((row for row in case if row.seconds is not None), key=seconds)
+        for ours in (row for row in timed if row.auto):
+            rivals = [row for row in timed if not row.is_ours and row.rule == ours.rule]
+            if rivals:
+                found.append(Contest(ours, rivals))
+    return found
+
+
+def seconds(row: Row) -> float:
+    """Median of a row that was timed."""
+    assert row.seconds is not None
+    return row.seconds.median
+
+
+def mean(rows: Iterable[Row]) -> Mean | None:
+    """None where no case has both a contender of this package and a rival."""
+    factors = [seconds(rivals[0]) / seconds(ours) for ours, rivals in contests(rows)]
     if not factors:
         return None
     return Mean(math.exp(sum(map(math.log, factors)) / len(factors)), len(factors))

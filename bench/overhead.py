@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import ghl_kernels as ghl
+from bench.failures import reason
 from bench.interleave import pinned_threads
 from bench.parity import assert_close
 from bench.report import Row, duration
@@ -99,10 +100,8 @@ def overhead_rows(options: argparse.Namespace, progress: Progress) -> list[Row]:
 
     Returns:
         Rows of suite "overhead": seconds of one forward and backward, the ratio to the torch layer's in the
-        same mode, and in the note the difference. A mode that cannot run here is a row without a ratio.
-
-    Raises:
-        ParityError: a layer's gradients are not those of the rule.
+        same mode, and in the note the difference. A mode that cannot run here, or a layer whose gradients are
+        not those of its rule, is a row without a ratio.
     """
     rows: list[Row] = []
     with pinned_threads(options.threads):
@@ -118,9 +117,8 @@ def overhead_rows(options: argparse.Namespace, progress: Progress) -> list[Row]:
 def _mode_rows(tiny: Tiny, mode: Mode, options: argparse.Namespace, progress: Progress) -> list[Row]:
     try:
         measured = _measure(tiny, mode, options, progress)
-    except RuntimeError as error:  # no compiler on this machine, say, or a pass that cannot be captured
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-        return [_row(tiny, mode, rule, error=reason) for rule in RULES]
+    except Exception as error:  # no compiler on this machine, say, or gradients that are not the rule's
+        return [_row(tiny, mode, rule, error=reason(error)) for rule in RULES]
     return [_timed(tiny, mode, rule, measured[rule], measured[_TORCH]) for rule in RULES]
 
 

@@ -12,6 +12,8 @@ import ghl_kernels as ghl
 
 # H is scaled to a largest entry of 1; float32 sums over 32,768 positions leave about 1e-5 of it.
 TOLERANCE = 1e-4
+# G has gone through every layer, forward and back, and each adds its rounding.
+_GRADIENT_TOLERANCE = 1e-3
 
 
 class ParityError(AssertionError):
@@ -50,9 +52,17 @@ class Updates:
         finally:
             for hook in hooks:
                 hook.remove()
-        # sign(0) = 0: the weights of a unit behind a dead ReLU do not move
-        self._gates = {name: layer.weight.grad != 0 for name, (layer, _, _) in self._seen.items()}
-        model.zero_grad()
+        self._gradients = {name: layer.weight.grad for name, (layer, _, _) in self._seen.items()}
+        model.zero_grad(set_to_none=True)
+
+    @property
+    def layers(self) -> set[str]:
+        """Names of the convolutions and linear layers."""
+        return set(self._seen)
+
+    def gradient(self, name: str) -> Tensor:
+        """G, the task gradient of the layer's weight."""
+        return self._gradients[name]
 
     def of(self, name: str, rule: ghl.HebbianRule) -> Tensor:
         """H of the layer's weight, of its shape and dtype."""
@@ -63,8 +73,8 @@ class Updates:
         return self._updates[name]
 
     def gated(self, name: str, rule: ghl.HebbianRule) -> Tensor:
-        """|H| where the task gradient is not 0."""
-        return self.of(name, rule).abs() * self._gates[name]
+        """|H| where the task gradient is not 0: the weights of a unit behind a dead ReLU do not move."""
+        return self.of(name, rule).abs() * (self._gradients[name] != 0)
 
     def _record(self, name: str, layer: nn.Module, x: Tensor, u: Tensor) -> None:
         # what follows may change u in place; x has been changed by then
@@ -106,3 +116,20 @@ def check_update(
     for name, layer, weight, H in before:
         change = (layer.weight - weight) / lr
         assert_close(name, change if signed else change.abs(), H)
+
+
+@torch.no_grad()
+def check_descent(run: Callable[[], object], model: nn.Module, updates: Updates, lr: float) -> None:
+    """Run a backprop step that starts where ``updates`` was recorded; every weight has to change by -lr G.
+
+    Raises:
+        ParityError: a layer's weight changed by something else.
+    """
+    layers = [(name, layer) for name, layer in model.named_modules() if name in updates.layers]
+    before = [(name, layer, layer.weight.clone()) for name, layer in layers]
+    with torch.enable_grad():
+        run()
+    for name, layer, weight in before:
+        # lr G is far smaller than the weight, to which both sides are rounded
+        expected = weight - (weight - lr * updates.gradient(name))
+        assert_close(name, (weight - layer.weight) / lr, expected / lr, _GRADIENT_TOLERANCE)

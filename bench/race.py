@@ -19,6 +19,7 @@ from torch import Tensor
 
 import ghl_kernels as ghl
 from bench import parity
+from bench.failures import reason
 from bench.gpu.timing import Timed, l2_bytes, sets_for, time_all
 from bench.interleave import Candidate, Spread, interleave
 from bench.report import Bar, Row
@@ -28,6 +29,7 @@ OURS = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
 _SAMPLE = 1e-3  # seconds that a timed sample lasts at least, far above the resolution of the clock
 _MOST_RUNS = 200  # in one sample
 _LEAST_ROUNDS = 3
+STABLE_SECONDS = 1e-3  # below, what else a shared machine does shows in the ratio
 
 
 class Target(NamedTuple):
@@ -82,6 +84,8 @@ class Contender:
         expected: in place of the race's, for one that computes another rule.
         absent: why it cannot run here.
         compiled: the first run compiles, which takes seconds.
+        auto: it is what this package does on the device where nothing is chosen.
+        rule: what it computes, if that is not what the others do.
     """
 
     name: str
@@ -93,6 +97,8 @@ class Contender:
     absent: str = ""
     compiled: bool = False
     note: str | None = None
+    auto: bool = False
+    rule: str | None = None
 
     def __call__(self, *inputs: Tensor) -> Any:
         if self.backend is None:
@@ -112,7 +118,7 @@ class Race:
         work: bytes and operations of the case.
         tolerance: of the largest expected entry.
         bars: by contender.
-        stable: ratios of this package's first backend may be compared between runs.
+        stable: ratios of this package's first backend may be compared between runs, if it takes long enough.
         fraction: winners / units.
     """
 
@@ -167,7 +173,7 @@ def ours(target: Target, run: Callable[..., Any], what: str = "ghl", **fields: A
             run,
             backend=name,
             absent="" if status[name].available else status[name].reason,
-            **fields,
+            **{"auto": name == OURS[target.kind][0]} | fields,
         )
         for name in OURS[target.kind]
     ]
@@ -188,6 +194,8 @@ def measure(race: Race, options: Options, ceilings: Mapping[str, float]) -> list
             floor_seconds=race.work.floor_seconds(ceilings, race.target.precision),
             fraction=race.fraction,
             note=contender.note,
+            auto=contender.auto,
+            rule=contender.rule,
         )
         for contender in race.contenders
         if _takes_part(race, contender, options)
@@ -226,8 +234,7 @@ def _ready(race: Race, options: Options, rows: dict[str, Row]) -> list[Contender
         try:
             race.check(contender, inputs, expected)
         except Exception as error:  # whatever is wrong with one, the others go on
-            text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-            rows[contender.name] = dataclasses.replace(rows[contender.name], error=text)
+            rows[contender.name] = dataclasses.replace(rows[contender.name], error=reason(error))
             continue
         found.append(contender)
     return found
@@ -255,6 +262,7 @@ def _time(race: Race, ready: Sequence[Contender], options: Options, rows: dict[s
             against_seconds=against_seconds,
             ratio=ratio,
             speedup=True,
+            stable=rows[name].stable and seconds.median >= STABLE_SECONDS,
         )
 
 

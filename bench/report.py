@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -42,6 +43,8 @@ class Row:
         bar: what the median has to reach; None for what is shown and not judged.
         stable: the ratio may be compared between runs on a shared machine.
         baseline: code of the baseline (bench.baselines.BASELINES); None for this package.
+        auto: what this package does where nothing is chosen; its other ways are shown beside it.
+        rule: what the contender computes, where one case has contenders of several rules.
         seconds, against_seconds: of one run of the contender and of the reference.
         operations, bytes: what the case needs at least; multiplications and additions count one each.
         floor_seconds: max(bytes / bandwidth, operations / rate) of the machine, measured in the same run.
@@ -61,6 +64,8 @@ class Row:
     bar: Bar | None = None
     stable: bool = False
     baseline: str | None = None
+    auto: bool = False
+    rule: str | None = None
     seconds: Spread | None = None
     against_seconds: Spread | None = None
     operations: float | None = None
@@ -133,17 +138,36 @@ def duration(seconds: float) -> str:
 
 
 def write_json(
-    path: pathlib.Path, rows: Sequence[Row], settings: Mapping[str, object], machine: Mapping[str, object]
+    path: pathlib.Path,
+    rows: Sequence[Row],
+    settings: Mapping[str, object],
+    machine: Mapping[str, object],
+    runs: Sequence[Mapping[str, object]] = (),
 ) -> None:
-    """Write the rows with the machine and the settings that they were measured on and with."""
+    """Write the rows with the machine and the settings that they were measured on and with.
+
+    A reader never finds half a document: the file is replaced when the new one is complete.
+
+    Args:
+        runs: what is not the same for all suites, by the run that measured them (bench/recording.py).
+
+    Raises:
+        ValueError: two rows of one suite, case and name, which no comparison could tell apart.
+    """
+    counts = collections.Counter((row.suite, row.case, row.name) for row in rows)
+    if repeated := [", ".join(key) for key, count in counts.items() if count > 1]:
+        raise ValueError(f"rows must have a suite, case and name of their own, got twice: {repeated}")
     document = {
         "format": FORMAT,
         "machine": machine,
         "settings": settings,
+        "runs": runs,
         "rows": [row.to_json() for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    unfinished.replace(path)
 
 
 class Document:
@@ -163,6 +187,7 @@ class Document:
             raise ValueError(f"{path} is no benchmark document of format {FORMAT}")
         self.machine: dict[str, Any] = document["machine"]
         self.settings: dict[str, Any] = document["settings"]
+        self.runs: list[dict[str, Any]] = document.get("runs", [])
         try:
             self.rows = [Row.from_json(row) for row in document["rows"]]
         except (KeyError, TypeError) as error:

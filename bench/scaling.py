@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ import ghl_kernels as ghl
 from bench import work
 from bench.baselines._oja import oja
 from bench.crossover import FRACTIONS, crossover
+from bench.failures import guarded
 from bench.gpu.timing import l2_bytes, sets_for, time_all
 from bench.interleave import Candidate, Spread, interleave, pinned_threads
 from bench.parity import TOLERANCE, assert_close
@@ -379,38 +381,59 @@ def _prepare(operation: Operation, point: Point, target: Target) -> Contender:
 # --- rows ---------------------------------------------------------------------------------------
 
 
-def scaling_rows(options: argparse.Namespace, progress: Progress) -> list[Row]:
+def scaling_rows(
+    options: argparse.Namespace, progress: Progress, ceilings: Mapping[str, float] | None = None
+) -> list[Row]:
     """Every sweep, the threads (on a CPU) and the crossovers.
 
     Args:
         options: ``rounds``, ``threads`` (int), ``quick`` (bool: three points a sweep, a quarter of the batch,
             one crossover) and ``device`` (torch.device, CPU or CUDA).
+        ceilings: of bench.ceilings, for the floors; None: rows have none.
 
     Returns:
         Rows of suite "scaling". Of a sweep: one for each size, its ratio the cost as a multiple of the
         smallest size's, and one whose ratio is the fitted exponent. Of the threads: the speedup. Of a
-        crossover: the sparse path's cost at each k/N, and the k/N up to which it pays.
+        crossover: the sparse path's cost at each k/N, and the k/N up to which it pays. One row in their place
+        where a result is not the reference's or something else fails.
 
     Raises:
         ValueError: any other type of device.
-        ParityError: a result that is not the reference's.
     """
     device: torch.device = options.device
     if device.type not in CROSSOVERS:
         raise ValueError(f"device must be one of {tuple(CROSSOVERS)}, got {device}")
     target = Target.of(device, options.quick)
-    kinds = list(CROSSOVERS[device.type])
     rows: list[Row] = []
     with pinned_threads(options.threads):
+        for case, part in _parts(target, options, progress):
+            rows += guarded(SUITE, case, part)
+    return [_with_floor(row, ceilings or {}, target.precision) for row in rows]
+
+
+def _parts(
+    target: Target, options: argparse.Namespace, progress: Progress
+) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    """What is measured together, with its name."""
+    given = target, options, progress
+    for operation in OPERATIONS:
+        for variable in operation.variables:
+            part = functools.partial(sweep_rows, operation, variable, *given)
+            yield f"{operation.name} in {variable}", part
+    if target.device.type == "cpu":
         for operation in OPERATIONS:
-            for variable in operation.variables:
-                rows += sweep_rows(operation, variable, target, options, progress)
-        if device.type == "cpu":
-            for operation in OPERATIONS:
-                rows += thread_rows(operation, target, options, progress)
-        for kind in kinds[:1] if options.quick else kinds:
-            rows += crossover_rows(kind, target, options, progress)
-    return rows
+            yield f"{operation.name}, threads", functools.partial(thread_rows, operation, *given)
+    kinds = list(CROSSOVERS[target.device.type])
+    for kind in kinds[:1] if options.quick else kinds:
+        yield f"crossover, {kind}", functools.partial(crossover_rows, kind, *given)
+
+
+def _with_floor(row: Row, ceilings: Mapping[str, float], precision: str) -> Row:
+    """Of rows that count their bytes. Ceilings are those of all threads: fewer may be far above the floor."""
+    if row.bytes is None:
+        return row
+    floor = work.floor_seconds(ceilings, precision, row.bytes, row.operations or 0.0)
+    return dataclasses.replace(row, floor_seconds=floor)
 
 
 def sweep_rows(
@@ -492,7 +515,7 @@ def crossover_rows(kind: str, target: Target, options: argparse.Namespace, progr
         case="crossover",
         against="k/N up to which sparse pays",
         ratio=found,
-        note=f"0: never; {fractions[-1]:g}: at least",
+        note=f"where a fitted line a + b k/N passes 1; 0: never; {fractions[-1]:g}: at least",
     )
     return [*rows, verdict]
 

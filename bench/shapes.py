@@ -104,6 +104,11 @@ ODD = (
     ConvShape(4, 3, 64, 224, 7, stride=2),  # the stem of ResNet
     ConvShape(5, 37, 53, 13, 3),
 )
+BATCH_10 = ConvShape(10, 96, 384, 16, 3)  # SoftHebb's batch
+GROUPED = (
+    ConvShape(8, 128, 128, 28, 3, groups=4),  # between dense and depthwise
+    ConvShape(8, 64, 1, 28, 3),  # one unit: nothing competes
+)
 DEPTHWISE = (
     ConvShape(8, 96, 96, 56, 3, groups=96),
     ConvShape(8, 384, 384, 14, 7, groups=384),

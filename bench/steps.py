@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +21,8 @@ import torch
 from torch import nn
 
 import ghl_kernels as ghl
-from bench import parity, work
+from bench import parity
+from bench.failures import guarded, reason
 from bench.interleave import Candidate, Spread, Timing, interleave, pinned_threads
 from bench.report import Bar, Row
 from bench.training import (
@@ -30,9 +33,10 @@ from bench.training import (
     by_rule,
     dense_passes,
     learning_layers,
-    operations,
+    needs,
     training_step,
 )
+from bench.work import Work
 from examples.models import MODELS, VGG
 from ghl_kernels.demo.memory import peak_bytes
 
@@ -43,6 +47,7 @@ SEED = 0
 LR = 0.01
 BACKPROP = "backprop"
 _WARMUP = 1
+_LEAST_ROUNDS = 3
 
 SOFTMAX = ghl.HebbianRule.ghl()
 _WINNERS = {f"winners={fraction}": ghl.HebbianRule.kwta(fraction) for fraction in (0.02, 0.004)}
@@ -91,6 +96,7 @@ METHODS = {
                 by_learning(f"learn_ {winners}", rule),
             )
         ),
+        by_learning("learn_ softhebb", ghl.HebbianRule.softhebb()),
         SOFTHEBB,
     )
 }
@@ -105,21 +111,39 @@ BARS = {
 
 
 class MemoryCase(NamedTuple):
-    """A network and a way to train it, and what its peak may be as a multiple of backprop's."""
+    """A network, its batch and a way to train it, and what its peak may be as a multiple of backprop's."""
 
     network: str
+    batch: int
     method: str
     bar: Bar | None = None
 
+    @property
+    def is_small(self) -> bool:
+        """Whether its images are: a step takes no more than a few seconds."""
+        return NETWORKS[self.network].size <= 32
 
-MEMORY_BATCH = 64
+
 MEMORY = (
-    MemoryCase("DeepHebb", "GHL softmax", Bar(1.15)),
-    MemoryCase("DeepHebb", "GHL winners=0.02", Bar(1.02)),
-    MemoryCase("DeepHebb", AUTHORS.name),
-    MemoryCase("ResNet-20", "GHL softmax", Bar(1.02)),
-    MemoryCase("ResNet-20", "GHL winners=0.02", Bar(1.02)),
+    MemoryCase("DeepHebb", 64, "GHL softmax", Bar(1.15)),
+    MemoryCase("DeepHebb", 64, "GHL winners=0.02", Bar(1.02)),
+    MemoryCase("DeepHebb", 64, AUTHORS.name),
+    MemoryCase("ResNet-20", 64, "GHL softmax", Bar(1.02)),
+    MemoryCase("ResNet-20", 64, "GHL winners=0.02", Bar(1.02)),
+    *(
+        MemoryCase(network, batch, method)
+        for network, batch in (("FastHebb", 64), ("VGG-16", 4), ("ResNet-18", 8))
+        for method in ("GHL softmax", "GHL winners=0.02")
+    ),
 )
+
+
+class Limits(NamedTuple):
+    """Timed steps of each method at most, torch's threads, and seconds for all steps together (None: any)."""
+
+    rounds: int
+    threads: int
+    seconds: float | None = None
 
 
 class Workload:
@@ -158,7 +182,7 @@ class Workload:
         return Trainee(method, model, Candidate(method.name, run, lambda: self._restore(model)))
 
     def check(self, trainee: Trainee) -> None:
-        """Compare the first step with the reference.
+        """Compare the first step with the reference; one without a rule, with the gradient's own.
 
         Raises:
             ParityError: it is another one.
@@ -166,15 +190,15 @@ class Workload:
         method, (run, reset) = trainee.method, (trainee.candidate.run, trainee.candidate.reset)
         reset()
         if method.rule is None:
-            run()
+            parity.check_descent(run, trainee.model, self.updates, LR)
         else:
             layers = learning_layers(trainee.model).items()
             signed = method.local is not None
             parity.check_update(run, layers, self.updates, method.rule, LR, signed=signed)
 
-    def operations(self, trainee: Trainee) -> float:
-        """What a step of it has to multiply and add."""
-        return operations(trainee.method, self.passes, set(learning_layers(trainee.model)))
+    def needs(self, trainee: Trainee) -> Work:
+        """What a step of it has to multiply and add, and to move."""
+        return needs(trainee.method, self.passes, set(learning_layers(trainee.model)))
 
     @torch.no_grad()
     def _restore(self, model: nn.Module) -> None:
@@ -196,11 +220,15 @@ class Trainee(NamedTuple):
         return peak_bytes(self.candidate.run)
 
 
+def suite_of(method: Method) -> str:
+    """ "step" or "local"."""
+    return "step" if method.local is None else "local"
+
+
 def step_rows(
     network: str,
     methods: Sequence[str],
-    rounds: int,
-    threads: int,
+    limits: Limits,
     progress: Progress,
     ceilings: Mapping[str, float] | None = None,
 ) -> list[Row]:
@@ -209,8 +237,7 @@ def step_rows(
     Args:
         network: a name of ``NETWORKS``.
         methods: names of ``METHODS``; "backprop" takes part whether named or not.
-        rounds: timed steps of each method.
-        threads: torch's intra-op threads.
+        limits: of the timing; at least three rounds are timed.
         progress: gets a task that counts every preparation and run.
         ceilings: of bench.ceilings, for the floor; None: rows have none.
 
@@ -221,65 +248,92 @@ def step_rows(
         ValueError: an unknown network or method.
     """
     chosen = _chosen(network, methods)
-    runs = _WARMUP + rounds
-    task = progress.add_task(f"{network}, training steps", total=len(chosen) * (1 + runs))
+    task = progress.add_task(f"{network}, training steps", total=len(chosen))
     torch._dynamo.reset()  # a compiler keeps few models of one class, and needs none of the last network's
     rows: dict[str, Row] = {}
     ready: dict[str, Trainee] = {}
-    with pinned_threads(threads):  # compiled code has the number of threads built in
+    with pinned_threads(limits.threads):  # compiled code has the number of threads built in
         workload = Workload(NETWORKS[network])
         for method in chosen:
             row, trainee = _ready(network, workload, method)
             rows[method.name] = row
             if trainee is not None:
                 ready[method.name] = trainee
-            progress.advance(task, 1 if trainee else 1 + runs)
+            progress.advance(task)
+        del workload.updates  # as large as the model, several times over
         peaks = {name: trainee.peak() for name, trainee in ready.items()}
-        timings = interleave(
-            [trainee.candidate for trainee in ready.values()],
-            rounds=rounds,
-            threads=threads,
-            warmup=_WARMUP,
-            on_run=lambda: progress.advance(task),
-        )
-    counted = {name: workload.operations(trainee) for name, trainee in ready.items()}
+        timings = _time(list(ready.values()), limits, f"{network}, rounds", progress)
+    counted = {name: workload.needs(trainee) for name, trainee in ready.items()}
     for name, timing in timings.items():
         rows[name] = dataclasses.replace(
             rows[name],
             **_measured(timing, workload.batch),
-            **_arithmetic(counted[name], counted[BACKPROP], ceilings or {}, METHODS[name].note),
+            **_floor(counted[name], counted[BACKPROP], ceilings or {}, METHODS[name].note),
             peak_ratio=peaks[name] / peaks[BACKPROP],
         )
     return list(rows.values())
 
 
-def memory_rows(progress: Progress) -> list[Row]:
-    """Peak memory of a training step at B = 64; exact and repeatable, so each is run once."""
-    networks = list(dict.fromkeys(case.network for case in MEMORY))
-    task = progress.add_task("peak memory", total=len(networks) + len(MEMORY))
+def _time(ready: Sequence[Trainee], limits: Limits, label: str, progress: Progress) -> dict[str, Timing]:
+    """Steps in turn, in as many rounds as there is time for."""
+    candidates = [trainee.candidate for trainee in ready]
+    rounds = limits.rounds
+    if limits.seconds is not None:
+        start = time.perf_counter()
+        for candidate in candidates:
+            candidate.reset()
+            candidate.run()
+        once = time.perf_counter() - start
+        rounds = min(rounds, max(_LEAST_ROUNDS, int(limits.seconds / once)))
+    task = progress.add_task(label, total=len(ready) * (_WARMUP + rounds))
+    return interleave(
+        candidates,
+        rounds=rounds,
+        threads=limits.threads,
+        warmup=_WARMUP,
+        on_run=lambda: progress.advance(task),
+    )
+
+
+def memory_rows(progress: Progress, cases: Sequence[MemoryCase] = MEMORY) -> list[Row]:
+    """Peak memory of a training step; exact and repeatable, so each is run once."""
+    task = progress.add_task("peak memory", total=len(cases))
     rows = []
-    for network in networks:
-        workload = Workload(NETWORKS[network], MEMORY_BATCH)
-        backprop = workload.prepare(METHODS[BACKPROP]).peak()
-        progress.advance(task)
-        for case in (case for case in MEMORY if case.network == network):
-            peak = workload.prepare(METHODS[case.method]).peak()
+    for (network, batch), group in itertools.groupby(cases, key=lambda case: (case.network, case.batch)):
+        workload = functools.cache(lambda n=network, b=batch: Workload(NETWORKS[n], b))
+        backprop = functools.cache(lambda w=workload: w().prepare(METHODS[BACKPROP]).peak())
+        for case in group:
+            label = f"{network} B={batch}"
+            rows += guarded("memory", label, functools.partial(_memory_row, case, label, workload, backprop))
             progress.advance(task)
-            rows.append(
-                Row(
-                    suite="memory",
-                    case=f"{network} B={MEMORY_BATCH}",
-                    name=case.method,
-                    against=BACKPROP,
-                    ratio=Spread.of([peak / backprop]),
-                    bar=case.bar,
-                    stable=True,
-                    baseline=METHODS[case.method].baseline,
-                    peak_ratio=peak / backprop,
-                    note=f"{peak / 2**20:.0f} MiB, backprop {backprop / 2**20:.0f} MiB",
-                )
-            )
     return rows
+
+
+def _memory_row(
+    case: MemoryCase, label: str, workload: Callable[[], Workload], backprop: Callable[[], int]
+) -> list[Row]:
+    method, base = METHODS[case.method], backprop()
+    peak = workload().prepare(method).peak()
+    row = Row(
+        suite="memory",
+        case=label,
+        name=case.method,
+        against=BACKPROP,
+        ratio=Spread.of([peak / base]),
+        bar=case.bar,
+        stable=True,
+        baseline=method.baseline,
+        auto=_is_auto(method),
+        rule=method.rule_name,
+        peak_ratio=peak / base,
+        note=f"{peak / 2**20:.0f} MiB, backprop {base / 2**20:.0f} MiB",
+    )
+    return [row]
+
+
+def _is_auto(method: Method) -> bool:
+    """A converted model as it is run by default."""
+    return method.baseline is None and not method.compiled and method.gate_at == "backward"
 
 
 def _chosen(network: str, methods: Sequence[str]) -> list[Method]:
@@ -296,13 +350,15 @@ def _chosen(network: str, methods: Sequence[str]) -> list[Method]:
 def _ready(network: str, workload: Workload, method: Method) -> tuple[Row, Trainee | None]:
     """The method's row without a time, and the method itself if it is here and right."""
     row = Row(
-        suite="step" if method.local is None else "local",
+        suite=suite_of(method),
         case=f"{network} B={workload.batch}, {workload.network.size} x {workload.network.size}",
         name=method.name,
         against=BACKPROP,
         bar=BARS.get((network, method.name)),
         stable=method.baseline is None and not method.compiled,
         baseline=method.baseline,
+        auto=_is_auto(method),
+        rule=method.rule_name,
     )
     compiler = os.environ.get("CXX", "g++")  # as Inductor chooses it
     if method.compiled and shutil.which(compiler) is None:
@@ -313,8 +369,7 @@ def _ready(network: str, workload: Workload, method: Method) -> tuple[Row, Train
     except Exception as error:  # whatever is wrong with one method, the others go on
         if method.name == BACKPROP:
             raise
-        reason = (str(error).strip().splitlines() or [""])[0]
-        return dataclasses.replace(row, error=f"{type(error).__name__}: {reason[:200]}"), None
+        return dataclasses.replace(row, error=reason(error)), None
     return row, trainee
 
 
@@ -328,13 +383,12 @@ def _measured(timing: Timing, batch: int) -> dict[str, Any]:
     }
 
 
-def _arithmetic(
-    own: float, backprop: float, ceilings: Mapping[str, float], note: str | None
-) -> dict[str, Any]:
-    """Operations of a step and the time they take at the matrix rate; bytes are not counted here."""
-    arithmetic = f"{own / backprop:.2f}x the arithmetic"
+def _floor(own: Work, backprop: Work, ceilings: Mapping[str, float], note: str | None) -> dict[str, Any]:
+    """Operations and bytes of a step and the time they take at least."""
+    arithmetic = f"{own.operations / backprop.operations:.2f}x the arithmetic"
     return {
-        "operations": own,
-        "floor_seconds": work.floor_seconds(ceilings, "fp32", 0.0, own),
+        "operations": own.operations,
+        "bytes": own.bytes,
+        "floor_seconds": own.floor_seconds(ceilings, "fp32"),
         "note": f"{arithmetic}; {note}" if note else arithmetic,
     }

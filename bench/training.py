@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 import ghl_kernels as ghl
 from bench.baselines import softhebb, unfold
+from bench.work import Work
 from ghl_kernels.nn import GHLLayer
 
 
@@ -47,6 +48,14 @@ class Method:
     baseline: str | None = None
     note: str | None = None
     only: tuple[str, ...] = ()
+
+    @property
+    def rule_name(self) -> str | None:
+        """What methods that compute the same have in common; None for backpropagation."""
+        if self.rule is None:
+            return None
+        winners = self.rule.winners
+        return f"winners={winners:g}" if winners else "softhebb" if self.rule.losers == "anti" else "softmax"
 
     def trains(self, network: str) -> bool:
         """Whether the network is among those it can train."""
@@ -139,9 +148,14 @@ def training_step(
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """One layer's share in a step: ``operations`` of one dense pass, 2 P N D, and its units N."""
+    """One layer's share in a step.
+
+    ``operations`` of one dense pass, 2 P N D; ``bytes`` of x, u and the weight, which every pass reads or
+    writes once (dL/du is of u's size, dL/dx of x's, G and A are of the weight's); its units N.
+    """
 
     operations: float
+    bytes: float
     units: int
     first: bool  # it needs no gradient of its input
 
@@ -151,13 +165,14 @@ def dense_passes(model: nn.Module, x: Tensor) -> dict[str, Pass]:
     """The convolutions and linear layers by qualified name, in the order in which they run."""
     found: dict[str, Pass] = {}
 
-    def count(name: str, layer: nn.Module, u: Tensor) -> None:
+    def count(name: str, layer: nn.Module, x: Tensor, u: Tensor) -> None:
         # at every position each unit is a product with one row of the weight
         products = u.numel() * layer.weight[0].numel()
-        found[name] = Pass(2.0 * products, layer.weight.shape[0], first=not found)
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in (x, u, layer.weight))
+        found[name] = Pass(2.0 * products, moved, layer.weight.shape[0], first=not found)
 
     hooks = [
-        layer.register_forward_hook(lambda layer, args, u, name=name: count(name, layer, u))
+        layer.register_forward_hook(lambda layer, args, u, name=name: count(name, layer, *args, u))
         for name, layer in model.named_modules()
         if isinstance(layer, (nn.Conv2d, nn.Linear))
     ]
@@ -178,16 +193,18 @@ def learning_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def operations(method: Method, passes: dict[str, Pass], learning: set[str]) -> float:
-    """Multiplications and additions that a step cannot do without.
+def needs(method: Method, passes: dict[str, Pass], learning: set[str]) -> Work:
+    """Multiplications and additions that a step cannot do without, and bytes that it cannot but move.
 
     Forward, and unless the method is local weight gradient and input gradient (not of the first layer); for a
-    layer that learns by a rule also A, of which k winners need k / N.
+    layer that learns by a rule also A, of which k winners need k / N of the products. What lies between the
+    layers, and the optimizer's pass over the weights, are not counted.
     """
-    total = 0.0
+    moved = total = 0.0
     for name, layer in passes.items():
         count = 1.0 if method.local else 2.0 if layer.first else 3.0
+        moved += (count + (name in learning)) * layer.bytes
         if name in learning:
             count += (method.rule.winners_of(layer.units) or layer.units) / layer.units
         total += count * layer.operations
-    return total
+    return Work(moved, total)

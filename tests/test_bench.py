@@ -136,13 +136,19 @@ def test_report_keeps_rows_that_miss_their_bar(tmp_path) -> None:
 
 def test_a_row_survives_json_with_every_field() -> None:
     spread = Spread(2.0, 1.0, 3.0)
-    values = {"speedup": True, "stable": True, "bar": Bar(8.0, at_least=True)}
+    values = {"speedup": True, "stable": True, "auto": True, "bar": Bar(8.0, at_least=True)}
     values |= dict.fromkeys(("ratio", "seconds", "against_seconds"), spread)
-    values |= dict.fromkeys(("suite", "name", "case", "against", "baseline", "note", "error"), "text")
+    values |= dict.fromkeys(("suite", "name", "case", "against", "baseline", "rule", "note", "error"), "text")
     numbers = ("operations", "bytes", "floor_seconds", "peak_ratio", "images_per_second", "fraction")
     full = Row(**values, **dict.fromkeys(numbers, 0.5))
     assert {field.name for field in dataclasses.fields(Row)} == full.to_json().keys()
     assert Row.from_json(json.loads(json.dumps(full.to_json()))) == full
+
+
+def test_rows_that_cannot_be_told_apart_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"twice: .*step, , ours"):
+        report.write_json(tmp_path / "out.json", [row(), row(against="other")], {}, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"format": 1, "rows": []}', "no json"])
@@ -209,9 +215,18 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("costs", "expected"),
-    [((0.5, 0.8, 0.9), 0.4), ((1.1, 2.0, 3.0), 0.0), ((0.5, 0.5, 1.5), 0.2), ((0.5, 1.0, 2.0), 0.1)],
-    ids=["always", "never", "between", "exactly"],
+    ("fixed", "slope", "expected"),
+    [(0.1, 1.0, 0.8), (1.1, 2.0, 0.0), (0.1, 3.0, 0.3), (0.5, 0.0, 0.8)],
+    ids=["up to the last", "never", "between", "without a slope"],
 )
-def test_crossover_is_where_the_cost_passes_one(costs: tuple[float, ...], expected: float) -> None:
-    assert crossover((0.05, 0.1, 0.4), costs) == pytest.approx(expected)
+def test_crossover_is_where_the_fitted_cost_passes_one(fixed: float, slope: float, expected: float) -> None:
+    fractions = (0.05, 0.1, 0.4, 0.8)
+    assert crossover(fractions, [fixed + slope * x for x in fractions]) == pytest.approx(expected)
+
+
+def test_the_crossover_is_fitted_to_all_costs() -> None:
+    """One cost that is 10% off moves it by less than that."""
+    fractions = (0.005, 0.02, 0.1, 0.2, 0.4, 0.8)
+    costs = [0.1 + 3.0 * x for x in fractions]
+    costs[3] *= 1.1
+    assert crossover(fractions, costs) == pytest.approx(0.3, rel=0.05)

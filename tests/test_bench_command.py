@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import ghl_kernels.__main__ as entry
-from bench import ceilings, command, figures, machine, performance, races, report
+from bench import ceilings, command, figures, intensity, machine, page, performance, races, report, suites
 from bench.compare import MARGIN, compare
 from bench.interleave import Spread
+from bench.losses import losses, reasons
 from bench.race import Contender, Race
 from bench.report import Bar, Row
 from bench.work import Work
@@ -23,6 +26,7 @@ LIMITS = {"copy": 1e9, "fp32": 1e10, "bf16": 2e10}
 
 def row(name: str = "ghl cpu", median: float = 2.0, **fields: object) -> Row:
     given = {"suite": "delta", "case": "a", "against": "B1", "speedup": True, "stable": True} | fields
+    given.setdefault("auto", name == "ghl cpu")
     return Row(name=name, **{"ratio": Spread(median, median, median)} | given)
 
 
@@ -34,34 +38,50 @@ def row(name: str = "ghl cpu", median: float = 2.0, **fields: object) -> Row:
     [(True, 1.61, False), (True, 1.59, True), (False, 2.49, False), (False, 2.51, True)],
 )
 def test_compare_fails_beyond_the_margin(speedup: bool, now: float, fails: bool) -> None:
-    found = compare([row(median=now, speedup=speedup)], [row(speedup=speedup)], 0.25)
+    found = compare([row(median=now, speedup=speedup)], [row(speedup=speedup)], ["delta"], 0.25)
     assert found.failed is fails
     assert found.compared == 1
     if fails:
         assert f"before 2x, allowed at {'least 1.6x' if speedup else 'most 2.5x'}" in found.worse[0]
 
 
-def test_compare_names_the_new_and_the_missing() -> None:
-    found = compare([row(case="b")], [row(case="a")])
-    assert not found.failed
+def test_compare_names_the_new_and_fails_where_one_is_missing() -> None:
+    found = compare([row(case="b"), row(case="c")], [row(case="a"), row(case="c")], ["delta"])
+    assert found.failed
+    assert found.worse == []
     assert found.new == ["delta, b, ghl cpu"]
     assert found.missing == ["delta, a, ghl cpu"]
 
 
+def test_a_comparison_of_nothing_fails() -> None:
+    assert compare([], [], ["delta"]).failed
+    assert compare([row(suite="pair")], [row()], ["pair"]).failed
+    assert not compare([row()], [row()], ["delta"]).failed
+
+
+def test_a_suite_that_came_to_nothing_is_missing() -> None:
+    assert compare([], [row()], ["delta"]).missing == ["delta, a, ghl cpu"]
+
+
+def test_the_earlier_run_says_what_is_stable() -> None:
+    """On another machine a row may be over too soon to be stable, and is compared all the same."""
+    assert compare([row(stable=False)], [row()], ["delta"]).compared == 1
+
+
 def test_compare_leaves_out_other_suites_and_what_is_not_stable() -> None:
     before = [row(), row(case="b", suite="pair"), row(case="c", stable=False)]
-    found = compare([row(), row(case="c", median=0.1, stable=False)], before)
+    found = compare([row(), row(case="c", median=0.1, stable=False)], before, ["delta"])
     assert (found.worse, found.new, found.missing, found.compared) == ([], [], [], 1)
 
 
 def test_compare_fails_where_a_row_failed_or_is_quoted_otherwise() -> None:
-    assert "off by" in compare([row(ratio=None, error="off by 1")], [row()]).worse[0]
-    assert "against B2" in compare([row(against="B2")], [row()]).worse[0]
+    assert "off by" in compare([row(ratio=None, error="off by 1")], [row()], ["delta"]).worse[0]
+    assert "against B2" in compare([row(against="B2")], [row()], ["delta"]).worse[0]
 
 
 def test_compare_refuses_a_margin_of_nothing() -> None:
     with pytest.raises(ValueError, match="margin"):
-        compare([], [], 0.0)
+        compare([], [], [], 0.0)
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -105,16 +125,27 @@ def test_no_figure_without_its_rows(tmp_path: pathlib.Path) -> None:
 # --- the page -----------------------------------------------------------------------------------
 
 
+def run_of(*suites: str, **changes: object) -> dict[str, object]:
+    state = {"cpu_mhz": [2000.0, 2100.0], "load_average": [0.25]}
+    return {
+        "suites": [*suites],
+        "date": "2026-01-13T12:00:00+00:00",
+        "seconds": 61.0,
+        "commit": "abc",
+        "uncommitted_changes": False,
+        "ceilings": LIMITS,
+        "clocks": {"before": state, "after": state},
+    } | changes
+
+
 def document(rows: list[Row], **machine_fields: object) -> performance.Measured:
     described = {
         "machine": {"cpu": "A CPU"},
         "versions": {"torch": "9.9"},
-        "commit": "abc",
         "ceilings": LIMITS,
-        "clocks": {"before": {"cpu_mhz": [2000.0, 2100.0], "load_average": [0.25]}},
     }
     settings = {"threads": 2, "rounds": 25, "suites": ["delta"], "baselines": None, "quick": False}
-    return performance.Measured("machine", described | machine_fields, settings, rows)
+    return performance.Measured("machine", described | machine_fields, settings, rows, [run_of("delta")])
 
 
 def contest(ours: float, rival: float, **fields: object) -> list[Row]:
@@ -131,9 +162,62 @@ def section(page: str, heading: str) -> str:
 def test_the_page_lists_where_a_rival_is_faster_with_the_floors() -> None:
     page = performance.render([document([*contest(1.0, 2.0, case="won"), *contest(3.0, 2.0, case="lost")])])
     losses = section(page, "Where a rival is faster")
-    assert "| delta | lost | ghl cpu | B4 | 1.5x | no | 6 | 4 |" in losses
+    assert "| delta | lost | ghl cpu | B4 | 1.5x | no | 6 | 4 |  |" in losses
     assert "won" not in losses
-    assert "| won | ghl cpu | 1 s | 2 | B4 2x |" in section(page, "delta")
+    assert "| won | ghl cpu | 1 s | 2 |  | B4 2x |" in section(page, "delta")
+
+
+def test_ours_is_what_auto_runs_and_not_the_fastest_of_both() -> None:
+    rows = [*contest(3.0, 2.0), row("ghl eager", seconds=Spread(1.0, 0.9, 1.1))]
+    page = performance.render([document(rows)])
+    assert "| delta | a | ghl cpu | B4 | 1.5x |" in section(page, "Where a rival is faster")
+    assert "| a | ghl cpu | 3 s | 6 | ghl eager 0.333x | B4 0.667x |" in section(page, "delta")
+
+
+def test_losses_compare_rows_of_one_rule() -> None:
+    ours = [row(name, auto=True, rule=name, seconds=Spread(2.0, 2.0, 2.0)) for name in ("GHL a", "GHL b")]
+    rival = row("B1", rule="GHL b", seconds=Spread(1.0, 1.0, 1.0))
+    assert [(loss.ours.name, loss.factor) for loss in losses([*ours, rival], {})] == [("GHL b", 2.0)]
+
+
+def test_the_cause_of_a_loss_is_that_of_the_first_pattern_that_fits() -> None:
+    causes = {"delta/b*": "first", "delta/*": "second"}
+    found = losses([*contest(3.0, 2.0, case="big"), *contest(5.0, 2.0, case="a")], causes)
+    assert [(loss.ours.case, loss.cause) for loss in found] == [("a", "second"), ("big", "first")]
+    (close,) = losses(contest(2.1, 2.0), {})
+    assert close.overlaps
+    assert close.cause == "none: the spreads of the rounds overlap"
+
+
+def test_every_committed_loss_has_a_cause() -> None:
+    found = [loss for each in performance.documents() for loss in losses(each.rows, reasons())]
+    unexplained = [(loss.ours.suite, loss.ours.case, loss.rival.name) for loss in found if not loss.cause]
+    assert not unexplained, "write their causes into bench/reasons.json"
+
+
+def test_a_mean_is_over_cases_with_a_rival() -> None:
+    rows = [*contest(1.0, 2.0), *contest(1.0, 8.0, case="b"), row(case="c", seconds=Spread(1.0, 1.0, 1.0))]
+    assert intensity.mean(rows) == pytest.approx((4.0, 2))
+    assert intensity.mean(rows[4:]) is None
+
+
+def test_rows_show_their_floor_and_overhead_has_none() -> None:
+    step = row("GHL", suite="step", seconds=Spread(3.0, 3.0, 3.0), floor_seconds=1.5)
+    call = row("GHL", suite="overhead", seconds=Spread(3.0, 3.0, 3.0))
+    page = performance.render([document([step, call])])
+    assert "| 3 s | 2 |" in section(page, "step")
+    assert "| 3 s | n/a |" in section(page, "overhead")
+
+
+def test_every_figure_has_a_caption_with_its_command(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "FIGURES", tmp_path)
+    figures.write_all(measured_rows(), LIMITS, tmp_path / "machine")
+    text = section(performance.render([document(measured_rows())]), "Figures")
+    assert text.count("![") == text.count("--out figures") == 4
+    assert "`python -m ghl_kernels bench --suite delta --threads 2 --rounds 25 --out figures`" in text
+    assert page._CAPTIONS.keys() == figures._FIGURES.keys()
 
 
 def test_the_page_says_when_nothing_is_lost() -> None:
@@ -145,8 +229,11 @@ def test_the_page_says_when_nothing_is_lost() -> None:
 def test_the_page_shows_bars_hardware_and_how_to_reproduce() -> None:
     page = performance.render([document([row("GHL", 1.5, suite="step", speedup=False, bar=Bar(1.42))])])
     assert "<= 1.42x | **no** |" in section(page, "Bars")
-    for text in ("A CPU", "torch 9.9", "abc", "2000 to 2100", "0.25", "--threads 2 --rounds 25"):
+    for text in ("A CPU", "torch 9.9", "--suite delta --threads 2 --rounds 25 --json"):
         assert text in page
+    assert (
+        "| delta | 2026-01-13T12:00:00+00:00 | abc | 61 | 0.25 and 0.25 | 2000 to 2100 | copy 1 GB/s" in page
+    )
 
 
 def test_gpu_rows_are_grouped_by_intensity() -> None:
@@ -230,11 +317,14 @@ def toy(target: object) -> list[Race]:
 @pytest.fixture
 def _toy_races(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(races.SUITES, "softmax", toy)
+    monkeypatch.setitem(
+        races.SUITES, "kwta", lambda target: [dataclasses.replace(one, suite="kwta") for one in toy(target)]
+    )
     monkeypatch.setattr(ceilings, "measure", lambda threads, **_: LIMITS)
 
 
-def bench(*arguments: str) -> int:
-    return entry.main(["bench", "--quick", "--suite", "softmax", "--threads", "1", *arguments])
+def bench(*arguments: str, suite: str = "softmax") -> int:
+    return entry.main(["bench", "--quick", "--suite", *suite.split(), "--threads", "1", *arguments])
 
 
 @pytest.mark.usefixtures("_toy_races")
@@ -254,17 +344,17 @@ def test_a_run_prints_keeps_and_draws(tmp_path: pathlib.Path, capsys: pytest.Cap
         "threads": 1,
     }
     assert kept.machine["ceilings"] == LIMITS
-    assert {"machine", "versions", "commit", "native", "clocks", "device"} <= kept.machine.keys()
-    assert kept.machine["clocks"].keys() == {"before", "after"}
+    assert {"machine", "versions", "commit", "native", "device"} <= kept.machine.keys()
+    (one,) = kept.runs
+    assert one.keys() == run_of().keys()
+    assert one["suites"] == ["softmax"]
+    assert one["clocks"].keys() == {"before", "after"}
     assert (tmp_path / "speed.svg").is_file()
 
 
 @pytest.mark.usefixtures("_toy_races")
 @pytest.mark.parametrize(("before", "code"), [(1e-6, 0), (1e6, 1)])
-def test_a_run_fails_where_a_ratio_got_worse(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, before: float, code: int
-) -> None:
-    monkeypatch.setattr("bench.race.OURS", {"cpu": ("eager",)})
+def test_a_run_fails_where_a_ratio_got_worse(tmp_path: pathlib.Path, before: float, code: int) -> None:
     path = tmp_path / "before.json"
     old = row("ghl eager", before, suite="softmax", case="toy")
     report.write_json(path, [old], {}, {})
@@ -280,6 +370,107 @@ def test_a_run_fails_where_a_backend_of_ours_is_wrong(monkeypatch: pytest.Monkey
 
     monkeypatch.setitem(races.SUITES, "softmax", wrong)
     assert bench() == 1
+
+
+def breaks(target: object) -> list[Race]:
+    (one,) = toy(target)
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        raise MemoryError("no room\nat all")
+
+    return [dataclasses.replace(one, inputs=inputs), dataclasses.replace(one, case="other")]
+
+
+def vanishes(target: object) -> list[Race]:
+    raise KeyError("no such shape")
+
+
+@pytest.mark.usefixtures("_toy_races")
+@pytest.mark.parametrize(
+    ("broken", "error", "rows"), [(breaks, "MemoryError: no room", 5), (vanishes, "KeyError", 1)]
+)
+def test_what_fails_costs_its_own_rows_alone(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Callable[[object], list[Race]],
+    error: str,
+    rows: int,
+) -> None:
+    monkeypatch.setitem(races.SUITES, "softmax", broken)
+    path = tmp_path / "out.json"
+    assert bench("--json", str(path), suite="softmax kwta") == 1
+    found = report.Document(path).rows
+    assert found[0].name == "everything"
+    assert error in found[0].error
+    assert [row.suite for row in found] == ["softmax"] * rows + ["kwta"] * 4
+
+
+@pytest.mark.usefixtures("_toy_races")
+def test_a_run_that_is_broken_off_keeps_the_suites_before(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(target: object) -> list[Race]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(races.SUITES, "kwta", interrupted)
+    path = tmp_path / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench("--json", str(path), suite="softmax kwta")
+    kept = report.Document(path)
+    assert {row.suite for row in kept.rows} == {"softmax"}
+    assert kept.settings["suites"] == ["softmax"]
+
+
+@pytest.mark.usefixtures("_toy_races")
+def test_an_update_replaces_its_suites_and_keeps_the_others(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "out.json"
+    assert bench("--json", str(path), suite="kwta") == 0
+    assert bench("--json", str(path), "--update") == 0
+    once = report.Document(path)
+    assert [row.suite for row in once.rows] == ["softmax"] * 4 + ["kwta"] * 4
+    assert once.settings["suites"] == ["softmax", "kwta"]
+    assert [one["suites"] for one in once.runs] == [["kwta"], ["softmax"]]
+    assert bench("--json", str(path), "--update", suite="kwta") == 0
+    again = report.Document(path)
+    assert [row.suite for row in again.rows] == ["softmax"] * 4 + ["kwta"] * 4
+    assert [one["suites"] for one in again.runs] == [["softmax"], ["kwta"]]
+    assert again.rows[:4] == once.rows[:4]
+    assert again.runs[0] == once.runs[1]
+
+
+@pytest.mark.usefixtures("_toy_races")
+@pytest.mark.parametrize(
+    ("what", "name", "value"), [("settings", "threads", 64), ("machine", "machine", {"cpu": "another"})]
+)
+def test_an_update_of_another_machine_or_setting_is_refused(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], what: str, name: str, value: object
+) -> None:
+    path = tmp_path / "out.json"
+    assert bench("--json", str(path)) == 0
+    other = json.loads(path.read_text())
+    other[what][name] = value
+    path.write_text(json.dumps(other))
+    assert bench("--json", str(path), "--update", suite="kwta") == 2
+    assert f"{what}, {name}: now" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == other
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--update"],
+        ["--suite", "ratios", "kwta", "--json", "x"],
+        ["--suite", "ratios", "--json", "x", "--update"],
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(UserError):
+        command.parse(arguments)
+
+
+def test_steps_and_local_passes_are_measured_together() -> None:
+    assert suites.together(["kwta", "local", "memory", "step"]) == [("kwta",), ("step", "local"), ("memory",)]
+    assert suites.together(["local"]) == [("local",)]
 
 
 @pytest.mark.usefixtures("_toy_races")
@@ -318,7 +509,7 @@ def test_defaults() -> None:
     assert options.threads == torch.get_num_threads()
     quick = command.parse(["--quick"])
     assert quick.rounds == 5
-    assert set(options.suite) - set(quick.suite) == {"memory", "overhead"}
+    assert set(options.suite) - set(quick.suite) == {"overhead"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -264,9 +264,9 @@ def test_threads_and_crossover_have_their_rows(toy_rows: list[Row]) -> None:
         efficiency = line[1][1].ratio.median / 2
         assert f"parallel efficiency {efficiency:.0%}" in line[1][1].note
     (line,) = panels["k/N"].values()  # the quick selection has one kind of layer
-    assert [row.fraction for _, row in line] == [fraction for fraction, _ in line] == [0.02, 0.1, 0.4]
+    assert [row.fraction for _, row in line] == [fraction for fraction, _ in line] == [0.02, 0.1, 0.4, 0.8]
     found = next(row for row in toy_rows if row.case == "crossover").ratio
-    assert 0.0 <= found.p20 <= found.median <= found.p80 <= 0.4
+    assert 0.0 <= found.p20 <= found.median <= found.p80 <= 0.8
 
 
 def test_rows_are_told_apart_and_kept(toy_rows: list[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -46,12 +47,42 @@ def kwta(target: Target) -> Iterator[Race]:
     """The k largest keep their responses; and the largest alone is 1."""
     cases = _cases(MAPS[1:2], ()) if target.quick else _cases(MAPS, ROWS)
     for case in cases:
-        for k in (8,) if target.quick or case.shape != MAPS[1] else (1, 8, 0.05):
+        for k in (8,) if target.quick or case.shape != MAPS[1] else (1, 2, 8, 0.05):
             yield _kwta(case, k, target)
+        if case.shape == MAPS[1]:
+            yield _judged(case, 8, target)
+    for case in [] if target.quick else _cases(MAPS[1:2], ()):
+        yield _tied(case, 8, target)
     hard = ghl.HebbianRule.hard_wta()
     for case in [] if target.quick else _cases(MAPS[:2], ()):
         one_hot = Contender("B7a", selection.one_hot_argmax, baseline="B7a")
         yield _race("kwta", case, target, hard, one_hot, tolerance=0.0)
+
+
+def _judged(case: _Case, k: int, target: Target) -> Race:
+    """The bar is for two that take turns: with others between them, caches are what those leave."""
+    crowd = _kwta(case, k, target)
+    rival = next(contender for contender in crowd.contenders if contender.baseline == "B7c")
+    own = next(contender for contender in crowd.contenders if contender.auto)
+    return dataclasses.replace(
+        crowd,
+        case=f"{crowd.case} in turn with B7c alone",
+        contenders=[rival, own],
+        bars={own.name: _TIMES_FASTER},
+    )
+
+
+def _tied(case: _Case, k: int, target: Target) -> Race:
+    """Few different responses, so that the last winner ties with others; topk too keeps exactly k of them."""
+    rule = ghl.HebbianRule.kwta(k)
+    rival = Contender("B7c", lambda u: topk.kwta_topk(u, k), baseline="B7c", result=_sorted)
+    expects = lambda u: _sorted(ghl.reference.compete(u.double(), rule, 1))  # noqa: E731
+    race = _race("kwta", case, target, rule, rival, tolerance=0.0, result=_sorted, expects=expects)
+    return dataclasses.replace(
+        race,
+        case=f"{race.case} ties",
+        inputs=lambda: tuple(u.mul(4.0).round() for u in case.responses(target)),
+    )
 
 
 def _kwta(case: _Case, k: int | float, target: Target) -> Race:
@@ -69,10 +100,32 @@ def _kwta(case: _Case, k: int | float, target: Target) -> Race:
             Contender("B10", layer, baseline="B10", result=result, note="also follows its duty cycles")
         )
     expects = lambda u: result(ghl.reference.compete(u.double(), rule, 1))  # noqa: E731
-    judged = case.shape == MAPS[1] and k == 8
-    return _race(
-        "kwta", case, target, rule, *rivals, tolerance=0.0, judged=judged, result=result, expects=expects
-    )
+    if case.shape == MAPS[1] and k == 8 and target.dtype.itemsize > 2:
+        rivals += _krotov(8)
+    return _race("kwta", case, target, rule, *rivals, tolerance=0.0, result=result, expects=expects)
+
+
+def _krotov(rank: int) -> list[Contender]:
+    """By topk and by a sort, with an expected result of their own: they are no rule of ours."""
+    strength = 0.5
+
+    def expected(u: Tensor) -> Tensor:
+        ranks = u.double().sort(1, descending=True).values
+        first, other = (ranks[:, i : i + 1] for i in (0, rank - 1))
+        return (u == first).double() - strength * (u == other).double()
+
+    ways = {"B7d": selection.krotov_topk, "B7d by sort": selection.krotov_sort}
+    return [
+        Contender(
+            name,
+            lambda u, way=way: way(u, rank, strength),
+            baseline="B7d",
+            expected=expected,
+            note="another rule: 1 and a negative value by rank, no response is kept",
+            rule="Krotov",
+        )
+        for name, way in ways.items()
+    ]
 
 
 def _race(
@@ -82,12 +135,10 @@ def _race(
     rule: ghl.HebbianRule,
     *rivals: Contender,
     tolerance: float | None = None,
-    judged: bool = False,
     result: Callable[[Any], Any] = lambda y: y,
     expects: Callable[[Tensor], Tensor] | None = None,
 ) -> Race:
     contenders = [*rivals, *ours(target, lambda u: ghl.functional.compete(u, rule, 1), result=result)]
-    first = contenders[len(rivals)].name
     return Race(
         suite=suite,
         case=f"{case}{_brief(rule)}",
@@ -98,7 +149,6 @@ def _race(
         reference=rivals[0].name,
         work=work.compete(case.shape, target.dtype.itemsize),
         tolerance=target.tolerance if tolerance is None else tolerance,
-        bars={first: _TIMES_FASTER} if judged else {},
     )
 
 

@@ -15,7 +15,7 @@ from bench import work
 from bench.baselines import conv_trick, hpca, library, softhebb, surrogate, swta, topk, unfold
 from bench.baselines._oja import oja
 from bench.race import Contender, Race, Target, ours
-from bench.shapes import DEEPHEBB, FASTHEBB, LARGE, ODD, QUICK_CONV, ConvShape, conv_tensors
+from bench.shapes import BATCH_10, DEEPHEBB, FASTHEBB, LARGE, ODD, QUICK_CONV, ConvShape, conv_tensors
 
 OTHERS = (DEEPHEBB[1], FASTHEBB[0], ODD[4])  # for the rules beside the default
 _NAIVE_LIMIT = 1e8  # numbers that HPCA by the patch may hold
@@ -23,9 +23,11 @@ _NAIVE_LIMIT = 1e8  # numbers that HPCA by the patch may hold
 
 def races(target: Target) -> Iterator[Race]:
     """Every shape by the GHL rule and by k-WTA, some by the others."""
-    for shape in QUICK_CONV if target.quick else (*DEEPHEBB, *FASTHEBB, *LARGE, *ODD):
+    for shape in QUICK_CONV if target.quick else (*DEEPHEBB, *FASTHEBB, *LARGE, *ODD, BATCH_10):
         yield _race(shape, "softmax", ghl.HebbianRule.ghl(), _softmax(shape), target)
         yield _race(shape, "winners=0.02", ghl.HebbianRule.kwta(0.02), _winners(shape), target)
+    if target.kind == "cpu" and not target.quick:
+        yield _race(DEEPHEBB[1], "softmax", ghl.HebbianRule.ghl(), _softmax(DEEPHEBB[1]), target, "nhwc")
     for shape in QUICK_CONV[1:] if target.quick else OTHERS:
         yield _race(shape, "softhebb", ghl.HebbianRule.softhebb(), _softhebb(shape), target)
         yield _race(shape, "instar", ghl.HebbianRule.instar(), _instar(shape), target)
@@ -33,15 +35,20 @@ def races(target: Target) -> Iterator[Race]:
 
 
 def _race(
-    shape: ConvShape, name: str, rule: ghl.HebbianRule, rivals: list[Contender], target: Target
+    shape: ConvShape,
+    name: str,
+    rule: ghl.HebbianRule,
+    rivals: list[Contender],
+    target: Target,
+    layout: str | None = None,
 ) -> Race:
     conv = shape.conv
     k = rule.winners_of(shape.units)
     return Race(
         suite="delta",
-        case=f"{shape} {name}",
+        case=f"{shape} {name} {layout}" if layout else f"{shape} {name}",
         target=target,
-        inputs=lambda: conv_tensors(shape, target.memory_format, **target.options),
+        inputs=lambda: conv_tensors(shape, layout or target.memory_format, **target.options),
         expected=lambda x, u, w: ghl.reference.conv_delta(x.double(), u.double(), w.double(), rule, **conv),
         contenders=[
             *rivals,
@@ -101,6 +108,7 @@ def _instar(shape: ConvShape) -> list[Contender]:
                 baseline="B8",
                 expected=lambda x, u, w: swta.delta(x.double(), w.double(), patch_norms="unfold", **conv),
                 note="another rule; includes the forward",
+                rule="SWTA-FH",
             )
             for norms in ("box", "unfold")
         ),

@@ -11,7 +11,7 @@ import ghl_kernels as ghl
 from bench import work
 from bench.baselines import library
 from bench.race import Contender, Race, Target, ours
-from bench.shapes import DEEPHEBB, FASTHEBB, LARGE, ODD, QUICK_CONV, ConvShape, conv_tensors
+from bench.shapes import BATCH_10, DEEPHEBB, FASTHEBB, LARGE, ODD, QUICK_CONV, ConvShape, conv_tensors
 
 RULE = ghl.HebbianRule.ghl()
 SUMS = ghl.HebbianRule(decay="none", normalize="none", gate="none")
@@ -20,7 +20,7 @@ GRADIENT = ghl.HebbianRule(activity="linear", decay="none", normalize="none", ga
 
 def races(target: Target) -> Iterator[Race]:
     """Against two library weight gradients, the same compiled, and one with 2N channels."""
-    for shape in QUICK_CONV if target.quick else (*DEEPHEBB, *FASTHEBB, *LARGE, *ODD):
+    for shape in QUICK_CONV if target.quick else (*DEEPHEBB, *FASTHEBB, *LARGE, *ODD, BATCH_10):
         yield _race(shape, target)
 
 

@@ -12,6 +12,7 @@ from bench import work
 from bench.baselines import library, scatter, topk
 from bench.race import Contender, Race, Target, ours
 from bench.shapes import DEEPHEBB, LINEAR, QUICK_CONV, ConvShape, LinearShape, conv_tensors, linear_tensors
+from ghl_kernels._dispatch import kind_of_layer, prefers_sparse
 from ghl_kernels.rule import Competition
 
 FRACTIONS = (0.005, 0.02, 0.1, 0.3)
@@ -31,6 +32,8 @@ def _conv(shape: ConvShape, fraction: float, target: Target) -> Race:
     rule = _sums_only(fraction)
     competition, conv, geometry = rule.competition(shape.units), shape.conv, shape.geometry
     k = competition.winners
+    kind = kind_of_layer(shape.channels, geometry.kernel_size)
+    is_sparse = prefers_sparse(target.kind, kind, shape.units, k)
 
     def expected(x: Tensor, u: Tensor, w: Tensor) -> Tensor:
         return ghl.reference.conv_delta(x.double(), u.double(), w.double(), rule, **conv)
@@ -54,6 +57,7 @@ def _conv(shape: ConvShape, fraction: float, target: Target) -> Race:
                 "ghl dense",
                 lambda x, u, w: library.correlation(x, _kwta(u, competition), w, **conv),
                 note="our k-WTA, then B4",
+                auto=not is_sparse,
             ),
             Contender(
                 "B7c + B4",
@@ -62,7 +66,7 @@ def _conv(shape: ConvShape, fraction: float, target: Target) -> Race:
                 expected=_with_topk(expected, k),
             ),
             Contender("B11", scattered, baseline="B11", note="from our lists"),
-            *ours(target, run),
+            *ours(target, run, **_auto(is_sparse)),
         ],
         reference="ghl dense",
         work=work.sparse(shape.layer(target.dtype.itemsize), k),
@@ -75,6 +79,7 @@ def _linear(shape: LinearShape, fraction: float, target: Target) -> Race:
     rule = _sums_only(fraction)
     competition = rule.competition(shape.units)
     k = competition.winners
+    is_sparse = prefers_sparse(target.kind, "linear", shape.units, k)
 
     def expected(x: Tensor, u: Tensor, w: Tensor) -> Tensor:
         return ghl.reference.linear_delta(x.double(), u.double(), w.double(), rule)
@@ -90,20 +95,30 @@ def _linear(shape: LinearShape, fraction: float, target: Target) -> Race:
         inputs=lambda: linear_tensors(shape, **target.options),
         expected=expected,
         contenders=[
-            Contender("ghl dense", lambda x, u, w: _kwta(u, competition).t() @ x, note="our k-WTA, then mm"),
+            Contender(
+                "ghl dense",
+                lambda x, u, w: _kwta(u, competition).t() @ x,
+                note="our k-WTA, then mm",
+                auto=not is_sparse,
+            ),
             Contender(
                 "B7c + mm",
                 lambda x, u, w: topk.kwta_topk(u, k).t() @ x,
                 baseline="B12",
                 expected=_with_topk(expected, k),
             ),
-            *ours(target, run),
+            *ours(target, run, **_auto(is_sparse)),
         ],
         reference="ghl dense",
         work=work.sparse(shape.layer(target.dtype.itemsize), k),
         tolerance=target.tolerance,
         fraction=fraction,
     )
+
+
+def _auto(is_sparse: bool) -> dict[str, bool]:
+    """Where the dense form is what a layer takes, no backend's sparse sum is."""
+    return {} if is_sparse else {"auto": False}
 
 
 def _with_topk(expected: Callable[..., Tensor], k: int) -> Callable[..., Tensor]:
