@@ -149,20 +149,6 @@ def test_the_library_is_taken_only_where_it_is_as_accurate() -> None:
     assert taken(512, 512, 4, is_conv=False)
 
 
-def test_a_measured_choice_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An entry of the table for the architecture and shape replaces the estimate, and only there."""
-    chip = arch.KNOWN["sm_90"]
-    problem = Problem(384, 864, 96, 100_000, 1, 2, 2, makes_y=True, state_here=False)
-    table = {config._key(problem): [32, 256, 64, 8, 3], config._key(problem) + ":library": True}
-    monkeypatch.setattr(config, "_measured", lambda name: table if name == "sm_90" else {})
-    assert config.tile(problem, chip) == config.Tile(32, 256, 64, 8, 3)
-    assert config.tile(problem, arch.KNOWN["sm_100"]) != config.Tile(32, 256, 64, 8, 3)
-    assert config.prefers_library(problem, chip, is_conv=False)
-    near = problem._replace(positions=100_001)
-    assert config.tile(near, chip) == config.Tile(32, 256, 64, 8, 3)
-    assert config.tile(problem._replace(units=385), chip) != config.Tile(32, 256, 64, 8, 3)
-
-
 def test_precision_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 products take one pass of tf32 only where torch's own would."""
     chip = arch.KNOWN["sm_90"]

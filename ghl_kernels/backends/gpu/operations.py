@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,12 +27,13 @@ _ALIGNED_CHANNELS = 8  # of 16 bits: one 16-byte load
 
 
 class Operations(abc.ABC):
-    """All operations, from modules of kernels with the same functions and three decisions of the backend."""
+    """All operations, from kernels with the same functions and three decisions of the backend."""
 
-    competing: ModuleType  # activities, state, full_state, winner_lists, activity_sums
-    depthwise: ModuleType  # correlate
-    sparse: ModuleType  # correlate
-    epilogue: ModuleType  # delta, gate_, learn_
+    # modules, or what has their functions
+    competing: Any  # activities, state, full_state, winner_lists, activity_sums
+    depthwise: Any  # correlate
+    sparse: Any  # correlate
+    epilogue: Any  # delta, gate_, learn_
 
     @abc.abstractmethod
     def correlate(

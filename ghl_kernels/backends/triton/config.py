@@ -1,22 +1,21 @@
 """How a correlation is cut into tiles and slices: pure functions of shape, dtype and architecture.
 
 Tiles are those that compile without spills and, on sm_90, without serialized wgmma in both Triton 3.6 and
-3.7 (tools/aot_check). What a GPU has measured stands in shapes.json and goes first; it is written by
-tools/gpu_check and empty until then, so thresholds here are estimates from counted bytes and operations.
+3.7 (tools/aot_check). What a GPU has measured goes first; as long as nothing was, choices are estimates from
+counted bytes and operations.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ghl_kernels.backends.gpu.memory import WORKSPACE_BYTES
 from ghl_kernels.backends.gpu.precision import allows_tf32
+from ghl_kernels.backends.triton import measured
 from ghl_kernels.backends.triton.arch import Arch
 from ghl_kernels.rule import Competition
 
@@ -74,8 +73,8 @@ def state_here(
 
 def tile(problem: Problem, arch: Arch) -> Tile:
     """The tile of a correlation."""
-    measured = _measured(arch.name).get(_key(problem))
-    return Tile(*measured) if measured else next(candidates(problem, arch))
+    found = measured.table(arch.name).get(_key(problem))
+    return Tile(*found) if found else next(candidates(problem, arch))
 
 
 def candidates(problem: Problem, arch: Arch) -> Iterator[Tile]:
@@ -207,19 +206,19 @@ def prefers_library(problem: Problem, arch: Arch, *, is_conv: bool) -> bool:
     """
     if problem.itemsize == 2 and (is_conv or arch.is_amd):
         return False
-    measured = _measured(arch.name).get(_key(problem) + ":library")
-    if measured is not None:
-        return bool(measured)
+    known = measured.verdict(arch.name, _key(problem), "library")
+    if known is not None:
+        return known
     width, rows = problem.groups * problem.units, problem.groups * problem.channels
     flops = 2.0 * problem.results * problem.positions * width * problem.columns
     moved: float = problem.itemsize * problem.positions * (rows + problem.results * width)
     moved += 4.0 * problem.results * width * problem.columns
-    return flops / max(moved, 1.0) > (800.0 if problem.itemsize == 2 else 32.0)
+    return flops / max(moved, 1.0) > measured.intensity(arch.name, problem.itemsize)
 
 
 def prefers_cuda(problem: Problem, arch: Arch) -> bool:
-    """Whether the kernel of the CUDA backend was measured to be faster for this shape than any tile here."""
-    return bool(_measured(arch.name).get(_key(problem) + ":cuda"))
+    """Whether the kernel of the CUDA backend was measured to be faster than any tile here."""
+    return bool(measured.verdict(arch.name, _key(problem), "cuda"))
 
 
 def precision(dtype: torch.dtype, *, is_conv: bool, arch: Arch) -> str:
@@ -230,12 +229,6 @@ def precision(dtype: torch.dtype, *, is_conv: bool, arch: Arch) -> str:
 
 
 def _key(problem: Problem) -> str:
-    """Name of a shape in the table: what decides the tile, with the positions as a power of two."""
-    return "x".join(map(str, problem._replace(positions=problem.positions.bit_length())))
-
-
-@functools.cache
-def _measured(arch: str) -> dict[str, Any]:
-    """Measured choices for an architecture: a tile by shape, and whether the library is faster there."""
-    table = json.loads((Path(__file__).parent / "shapes.json").read_text())
-    return table.get(arch, {})
+    """Name of a correlation in the table of what was measured, the positions as a power of two."""
+    sizes = *problem[:3], 1 << problem.positions.bit_length()
+    return f"{'x'.join(map(str, sizes))}/{' '.join(str(int(field)) for field in problem[4:])}"

@@ -5,22 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ghl_kernels import _dispatch
-from ghl_kernels.backends import cuda
 from ghl_kernels.backends.cuda.operations import OPERATIONS as CUDA_OPERATIONS
 from ghl_kernels.backends.gpu.layout import Patches, Responses
 from ghl_kernels.backends.gpu.operations import Operations
 from ghl_kernels.backends.gpu.state import State
-from ghl_kernels.backends.triton import config
+from ghl_kernels.backends.triton import choice, config
 from ghl_kernels.backends.triton.arch import of as arch_of
-from ghl_kernels.backends.triton.kernels import compete, correlate, depthwise, epilogue, sparse
+from ghl_kernels.backends.triton.kernels import correlate
 from ghl_kernels.rule import Competition
 
 
 class TritonOperations(Operations):
     """Kernels that Triton compiles for the tensors' device."""
 
-    competing, depthwise, sparse, epilogue = compete, depthwise, sparse, epilogue
+    competing, depthwise = choice.Competing(), choice.Depthwise()
+    sparse, epilogue = choice.Sparse(), choice.Epilogue()
 
     def correlate(
         self,
@@ -32,12 +31,10 @@ class TritonOperations(Operations):
         shape: tuple[int, ...],
     ) -> tuple[Tensor, Tensor | None]:
         problem = _problem(x, shape[0], pair=grad_u is not None)
-        if (
-            config.prefers_cuda(problem, arch_of(x.tensor.device))
-            and _dispatch.is_automatic()
-            and not cuda.refusal(x.tensor.device, x.tensor.dtype)
-        ):
+        if config.prefers_cuda(problem, arch_of(x.tensor.device)) and choice.may_take_cuda(x.tensor):
             return CUDA_OPERATIONS.correlate(x, u, grad_u, state, competition, shape)
+        if state is None and not correlate.makes_state(x, u, grad_u, competition):
+            state = self.competing.state(u, competition)
         A, G = correlate.correlate(x, u, grad_u, state, competition)
         assert A is not None
         return _as_filters(A, shape), None if G is None else _as_filters(G, shape)

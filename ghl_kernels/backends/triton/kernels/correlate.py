@@ -240,10 +240,8 @@ def correlate(
     """
     some = u or grad
     assert some is not None
-    columns, itemsize = x.taps * x.channels, x.tensor.element_size()
-    aligned = _unit_vector(u, grad, some.units // x.groups) > 1
-    here = u is not None and state is None
-    here = here and config.state_here(some.units, columns, x.groups, itemsize, aligned, competition)
+    columns = x.taps * x.channels
+    here = u is not None and state is None and makes_state(x, u, grad, competition)
     if u is not None and state is None and not here:
         state = compete.state(u, competition)
     problem = config.Problem(
@@ -252,11 +250,11 @@ def correlate(
         x.channels,
         some.positions,
         x.groups,
-        itemsize,
+        x.tensor.element_size(),
         results=(u is not None) + (grad is not None),
         makes_y=u is not None,
         state_here=here,
-        aligned=aligned,
+        aligned=_unit_vector(u, grad, some.units // x.groups) > 1,
         bounded=competition.activity == "softmax" or competition.winners > 0,
     )
     arch = arch_of(x.tensor.device)
@@ -297,6 +295,13 @@ def correlate(
         STAGES=tile.stages,
     )
     return sum_splits(a) if a is not None else None, sum_splits(g) if g is not None else None
+
+
+def makes_state(x: Patches, u: Responses, grad: Responses | None, competition: Competition) -> bool:
+    """Whether :func:`correlate` computes the state in its own kernel if it is given none."""
+    aligned = _unit_vector(u, grad, u.units // x.groups) > 1
+    columns, itemsize = x.taps * x.channels, x.tensor.element_size()
+    return config.state_here(u.units, columns, x.groups, itemsize, aligned, competition)
 
 
 def _state_arguments(state: State | None) -> dict[str, Any]:
