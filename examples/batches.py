@@ -138,7 +138,11 @@ def _loader(images: _Cropped, batches: list[list[int]], workers: int) -> Iterato
     loader = torch.utils.data.DataLoader(
         images, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available()
     )
-    yield from loader
+    try:
+        yield from loader
+    except UserError as error:
+        # a worker's comes with the traceback in front of what the user can mend
+        raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None
 
 
 @dataclasses.dataclass(frozen=True)

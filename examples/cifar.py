@@ -22,6 +22,7 @@ from torch import nn
 
 import ghl_kernels as ghl
 from examples import curves, data
+from examples.arguments import natural
 from examples.augment import random_crop_and_flip
 from examples.batches import ALONE, MemoryBatches, evaluation_batches
 from examples.learner import Learner
@@ -102,6 +103,7 @@ def train(options: argparse.Namespace) -> None:
     batches = MemoryBatches(
         images.train, options.batch_size, options.seed, lambda x, g: random_crop_and_flip(x, 4, g)
     )
+    settings = {key: str(value) for key, value in vars(options).items() if key not in ("out", "root")}
     run = Run(
         batches,
         lambda: evaluation_batches(images.test, 32, 0, ALONE),
@@ -109,7 +111,7 @@ def train(options: argparse.Namespace) -> None:
         images.std,
         options.epochs,
         folder,
-        {key: str(value) for key, value in vars(options).items() if key not in ("out", "root")},
+        settings | {"train": images.train.digest(), "test": images.test.digest()},
         channels_last=options.channels_last,
         label=name,
     )
@@ -139,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--read-out-lr", type=float, default=0.01)
     parser.add_argument("--epochs", type=positive, default=50)
     parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true")

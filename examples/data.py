@@ -11,6 +11,7 @@ Nothing is downloaded.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import pickle
 from pathlib import Path
@@ -40,6 +41,13 @@ class Images:
 
     def __getitem__(self, kept: slice) -> Images:
         return Images(self.pixels[kept], self.labels[kept])
+
+    def digest(self) -> str:
+        """A hash of pixels and labels: tells whether a resumed run has its data again."""
+        found = hashlib.sha256(repr(tuple(self.pixels.shape)).encode())
+        for values in (self.pixels, self.labels):
+            found.update(values.contiguous().numpy().data)
+        return found.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +225,7 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Tensor, int]]):
     def __init__(self, root: Path) -> None:
         _import_pillow()
         require_folder(root, "a folder per class with its images", "https://image-net.org/download.php")
+        self.root = root
         self.classes = sorted(path.name for path in root.iterdir() if path.is_dir())
         self.samples = [
             (path, label)
@@ -229,6 +238,12 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def digest(self) -> str:
+        """A hash of the images' names below the root: the same where the folder was moved, or mounted."""
+        prefix = len(str(self.root))
+        names = "\n".join(str(path)[prefix:] for path, _ in self.samples)
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples import data, report
+from examples.arguments import natural
 from examples.batches import ALONE, MemoryBatches, evaluation_batches
 from examples.methods import METHODS, READ_OUT_LR, Method, make_learner
 from examples.models import DeepHebb
@@ -69,6 +70,7 @@ def run_one(method: Method, seed: int, images: data.Dataset, options: argparse.N
         torch.manual_seed(seed)
         size = images.train.pixels.shape[-1]
         model = DeepHebb(WIDTHS, size=size, classes=images.classes, channels=images.train.pixels.shape[1])
+    model.to(memory_format=torch.channels_last)  # poolings of one thread take half the time
     run = Run(
         batches,
         lambda: evaluation_batches(images.test, size, 0, ALONE),
@@ -77,6 +79,7 @@ def run_one(method: Method, seed: int, images: data.Dataset, options: argparse.N
         options.epochs,
         folder,
         settings,
+        channels_last=True,
         label=f"{method.label}, seed {seed}",
     )
     rows = Training(make_learner(method, model, options.local_epochs), run).fit()
@@ -135,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     names = list(METHODS)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="METHOD", help=f"{names}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--seeds", nargs="+", type=natural, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--epochs", type=positive, default=5, help="of the gradient (default: 5)")
     parser.add_argument("--local-epochs", type=positive, default=1, help="of the local rules (default: 1)")
     parser.add_argument("--batch-size", type=positive, default=64)

@@ -27,6 +27,7 @@ from rich.table import Table
 
 import ghl_kernels as ghl
 from examples import curves, data
+from examples.arguments import natural
 from examples.augment import standardize
 from examples.batches import Batches, FolderBatches, MemoryBatches, Share, evaluation_batches
 from examples.learner import Learner
@@ -38,12 +39,13 @@ from ghl_kernels.demo.memory import peak_bytes
 from ghl_kernels.rule import HebbianRule
 
 METHODS = ("ghl", "kwta", "backprop")
+WARMUP = 5
 BATCH_NORM_FOLLOWS = ("resnet",)  # keeps u for its own backward: summing A then costs no memory
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, or take some steps; what the user can mend ends as one line."""
-    options = parser().parse_args(arguments)
+    options = read_options(arguments)
     try:
         with processes() as (share, device):
             if options.steps:
@@ -74,7 +76,10 @@ def processes() -> Iterator[tuple[Share, torch.device]]:
 def make_learner(options: argparse.Namespace, method: str, device: torch.device) -> Learner:
     """The network, converted for the method, with SGD; the rule sees the batch of all processes."""
     torch.manual_seed(options.seed)
-    model = MODELS[options.model](size=options.size, classes=options.classes)
+    try:
+        model = MODELS[options.model](size=options.size, classes=options.classes)
+    except ValueError as error:
+        raise UserError(f"--model {options.model}: {error}.") from None
     distributed = dist.is_initialized()
     if method != "backprop":
         rule = HebbianRule.kwta(options.k) if method == "kwta" else HebbianRule.ghl(options.temperature)
@@ -89,22 +94,14 @@ def make_learner(options: argparse.Namespace, method: str, device: torch.device)
 
 def make_run(options: argparse.Namespace, share: Share) -> Run:
     """Batches, schedule and folder of a run."""
-    if options.synthetic:
-        shape, images = (3, options.size, options.size), options.images
-        kept = data.synthetic(shape, options.classes, images)
-        batches: Batches = MemoryBatches(kept.train, options.batch_size, options.seed, share=share)
-        test: data.Images | data.ImageFolder = kept.test
-    else:
-        folder = data.ImageFolder(options.root / "train")
-        test = data.ImageFolder(options.root / "val")
-        if folder.classes != test.classes or len(folder.classes) > options.classes:
-            raise UserError(
-                f"{options.root} has {len(folder.classes)} classes in train and {len(test.classes)} in val; "
-                f"they must be the same, and at most --classes {options.classes}."
-            )
+    batches: Batches
+    images, test = read_images(options)
+    if isinstance(images, data.ImageFolder):
         batches = FolderBatches(
-            folder, options.batch_size, options.seed, options.size, options.workers, share
+            images, options.batch_size, options.seed, options.size, options.workers, share
         )
+    else:
+        batches = MemoryBatches(images, options.batch_size, options.seed, share=share)
     name = f"{options.model}-{options.method}-seed{options.seed}"
     outside = ("out", "root", "workers", "steps", "checkpoint_every")
     settings = {key: str(value) for key, value in vars(options).items() if key not in outside}
@@ -115,13 +112,32 @@ def make_run(options: argparse.Namespace, share: Share) -> Run:
         data.IMAGENET_STD,
         options.epochs,
         options.out / name,
-        settings,
+        settings | {"train": images.digest(), "val": test.digest()},
         options.warmup,
         options.checkpoint_every,
         channels_last=True,
         share=share,
         label=name,
     )
+
+
+def read_images(options: argparse.Namespace) -> tuple[data.Images | data.ImageFolder, ...]:
+    """Images to train and to test on.
+
+    Raises:
+        UserError: folders that are missing or have other classes than the command line says.
+    """
+    if options.synthetic:
+        shape = (3, options.size, options.size)
+        kept = data.synthetic(shape, options.classes, options.images)
+        return kept.train, kept.test
+    folder, test = data.ImageFolder(options.root / "train"), data.ImageFolder(options.root / "val")
+    if folder.classes != test.classes or len(folder.classes) > options.classes:
+        raise UserError(
+            f"{options.root} has {len(folder.classes)} classes in train and {len(test.classes)} in val; "
+            f"they must be the same, and at most --classes {options.classes}."
+        )
+    return folder, test
 
 
 def train(options: argparse.Namespace, share: Share, device: torch.device) -> None:
@@ -192,6 +208,20 @@ def _peak(step: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def read_options(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, with a warm-up that ends before the run does."""
+    command_line = parser()
+    options = command_line.parse_args(arguments)
+    if options.warmup is None:
+        options.warmup = min(WARMUP, options.epochs // 2)
+    if options.warmup >= options.epochs:
+        command_line.error(
+            f"--warmup {options.warmup} must be below --epochs {options.epochs}: "
+            "the learning rate would never be reached"
+        )
+    return options
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -213,10 +243,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--momentum", type=float, default=0.0)
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument("--epochs", type=positive, default=90)
-    parser.add_argument("--warmup", type=int, default=5, help="epochs in which the rate rises")
+    parser.add_argument(
+        "--warmup",
+        type=natural,
+        metavar="EPOCHS",
+        help=f"in which the rate rises (default: {WARMUP}, at most half of --epochs)",
+    )
     parser.add_argument("--batch-size", type=positive, default=32, help="of each process")
-    parser.add_argument("--workers", type=int, default=4, help="that decode images, of each process")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=natural, default=4, help="that decode images, of each process")
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16")
     parser.add_argument("--steps", type=positive, help="only compare so many steps with backprop's")
     parser.add_argument("--checkpoint-every", type=positive, default=1000, metavar="STEPS")

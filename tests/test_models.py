@@ -83,6 +83,12 @@ def test_every_builder_takes_size_and_classes(name: str, size: int) -> None:
     assert logits.shape == (2, 7)
 
 
+@pytest.mark.parametrize(("size", "patches"), [(32, 64), (64, 256), (224, 196)])
+def test_the_builder_of_vit_chooses_a_patch_that_attention_can_afford(size: int, patches: int) -> None:
+    with torch.device("meta"):
+        assert len(MODELS["vit"](size=size).position) == patches
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_every_network_converts_and_trains(name: str) -> None:
     torch.manual_seed(0)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from image_folders import write_image_folder
 
 from examples import augment, data
 from examples.batches import FolderBatches, MemoryBatches, Share, evaluation_batches, make_generator
@@ -46,13 +46,7 @@ def test_every_image_is_tested_once() -> None:
 
 
 def test_workers_change_no_bit(tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image")
-    generator = np.random.default_rng(0)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        for i in range(3):
-            pixels = generator.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
-            image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    write_image_folder(tmp_path)
     folder = data.ImageFolder(tmp_path)
     alone, helped = (list(FolderBatches(folder, 4, 0, 16, workers).epoch(0)) for workers in (0, 1))
     assert [x.shape for x, _ in alone] == [(4, 3, 16, 16), (2, 3, 16, 16)]
@@ -62,6 +56,15 @@ def test_workers_change_no_bit(tmp_path: Path) -> None:
     (x, y), *_ = evaluation_batches(folder, 16, 0, Share())
     assert x.shape == (6, 3, 16, 16)
     assert y.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_line(tmp_path: Path, workers: int) -> None:
+    write_image_folder(tmp_path)
+    (tmp_path / "b" / "1.png").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"^\S+1\.png is not an image.*\.$") as caught:
+        list(FolderBatches(data.ImageFolder(tmp_path), 4, 0, 16, workers).epoch(0))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_crop_is_a_shifted_image_or_its_mirror() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from idx_files import idx, write_fashion_mnist
+from image_folders import write_image_folder
 
 from examples import data
 from ghl_kernels.demo.errors import UserError
@@ -92,6 +93,21 @@ def test_hold_out_takes_the_last_training_images() -> None:
     for count in (0, 30):
         with pytest.raises(ValueError, match="got"):
             data.hold_out(whole, count)
+
+
+def test_digests_tell_data_apart(tmp_path: Path) -> None:
+    images = data.synthetic((1, 4, 4), 2, 30).train
+    others = (images[1:], data.Images(255 - images.pixels, images.labels))
+    others += (data.Images(images.pixels, 1 - images.labels), data.Images(images.pixels.mT, images.labels))
+    assert len({found.digest() for found in (images, *others)}) == 5
+    assert images.digest() == data.Images(images.pixels.clone(), images.labels).digest()
+    write_image_folder(tmp_path / "here")
+    write_image_folder(tmp_path / "there" / "here")
+    write_image_folder(tmp_path / "other", count=2)
+    here, moved, other = (
+        data.ImageFolder(tmp_path / path).digest() for path in ("here", "there/here", "other")
+    )
+    assert here == moved != other
 
 
 def test_missing_folders_say_what_is_expected_and_where_it_comes_from(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from idx_files import write_fashion_mnist
+from image_folders import write_image_folder
 from small_runs import IMAGES, network, run_in
 
 import ghl_kernels as ghl
-from examples import cifar, fashion_mnist, imagenet
+from examples import cifar, data, fashion_mnist, imagenet
 from examples.batches import Batch
 from examples.learner import Learner
 from examples.methods import METHODS, make_learner
@@ -164,6 +165,8 @@ def test_cifar_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     with (folder / "log.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
     assert (folder / "curves.png").is_file()
+    images = data.limit(data.synthetic((3, 32, 32), 10, 2048, 256), 16, 16)
+    assert torch.load(folder / "checkpoint.pt")["settings"]["train"] == images.train.digest()
     with pytest.raises(SystemExit, match="does not exist"):
         cifar.main(["--root", str(tmp_path / "absent")])
 
@@ -176,6 +179,33 @@ def test_imagenet_steps_beside_backprop(tmp_path: Path, capsys: pytest.CaptureFi
     assert result["ghl"]["losses"][-1] < result["ghl"]["losses"][0]
     assert result["ghl"]["peak_bytes"] > 0
     assert "backprop" in capsys.readouterr().out
+
+
+def test_imagenet_warms_up_within_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for epochs, warmup in (("1", 0), ("4", 2), ("90", 5)):
+        assert imagenet.read_options(["--synthetic", "--epochs", epochs]).warmup == warmup
+    for values, complaint in ((["1", "1"], "never be reached"), (["-1", "90"], "at least 0, got '-1'")):
+        with pytest.raises(SystemExit):
+            imagenet.main(["--synthetic", "--warmup", values[0], "--epochs", values[1]])
+        assert complaint in capsys.readouterr().err
+
+
+def test_imagenet_refuses_to_resume_on_other_images(tmp_path: Path) -> None:
+    command = ["--model", "resnet20", "--size", "16", "--classes", "2", "--batch-size", "2", "--epochs", "1"]
+    command += ["--workers", "0", "--no-amp", "--out", str(tmp_path / "out"), "--root"]
+    for count, root in enumerate(("one", "two"), start=2):
+        for part in ("train", "val"):
+            write_image_folder(tmp_path / root / part, count=count)
+    imagenet.main([*command, str(tmp_path / "one")])
+    (tmp_path / "one").rename(tmp_path / "moved")
+    imagenet.main([*command, str(tmp_path / "moved")])
+    with pytest.raises(SystemExit, match="is of a run with train="):
+        imagenet.main([*command, str(tmp_path / "two")])
+
+
+def test_imagenet_says_what_size_a_network_takes() -> None:
+    with pytest.raises(SystemExit, match=r"^error: --model vit: size must be .* got size=225"):
+        imagenet.main(["--synthetic", "--model", "vit", "--size", "225"])
 
 
 def test_imagenet_over_two_processes_resumes(tmp_path: Path) -> None:
