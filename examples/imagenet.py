@@ -5,7 +5,7 @@
     python -m examples.imagenet --synthetic --model resnet1202 --size 32 --classes 10 --steps 5
 
 ``--root`` holds train/CLASS/*.JPEG and val/CLASS/*.JPEG. With ``--steps N`` GHL and backprop take N steps
-each from equal weights on equal batches, and a table says loss and peak memory of both. A run that was
+each from equal weights on equal batches, and a table says loss, peak memory and time of both. A run that was
 stopped, or that lost a process, goes on from its last checkpoint when the same command is given again.
 """
 
@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,16 +24,14 @@ from rich.console import Console
 from rich.table import Table
 
 import ghl_kernels as ghl
-from examples import curves, data
+from examples import curves, data, steps
 from examples.arguments import natural
-from examples.augment import standardize
 from examples.batches import Batches, FolderBatches, MemoryBatches, Share, evaluation_batches
 from examples.learner import Learner
 from examples.models import MODELS
 from examples.training import Run, Training
 from ghl_kernels.demo.arguments import positive
 from ghl_kernels.demo.errors import UserError
-from ghl_kernels.demo.memory import peak_bytes
 from ghl_kernels.rule import HebbianRule
 
 METHODS = ("ghl", "kwta", "backprop")
@@ -150,62 +146,25 @@ def train(options: argparse.Namespace, share: Share, device: torch.device) -> No
 
 
 def compare_steps(options: argparse.Namespace, device: torch.device) -> None:
-    """Print losses and peak memory of ``--method`` and of backprop; keep them as JSON.
+    """Print losses, peak memory and seconds of ``--method`` and of backprop; keep them as JSON.
 
     Raises:
         UserError: under torchrun with several processes.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         raise UserError("--steps compares methods in one process; leave torchrun away.")
-    methods = dict.fromkeys((options.method, "backprop"))
-    found = {method: _take_steps(options, method, device) for method in methods}
-    table = Table("method", "loss, first step", "loss, last step", "peak memory, MiB", "times backprop's")
-    for method, run in found.items():
-        ratio = run["peak_bytes"] / found["backprop"]["peak_bytes"]
-        first, last = run["losses"][0], run["losses"][-1]
-        table.add_row(
-            method, f"{first:.4f}", f"{last:.4f}", f"{run['peak_bytes'] / 2**20:,.0f}", f"{ratio:.3f}"
-        )
-    Console().print(table)
-    kept = ("model", "size", "batch_size", "lr", "amp")
-    result = {key: getattr(options, key) for key in kept} | {"methods": found}
-    path = options.out / "steps" / f"{options.model}-{options.method}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result | {"device": device.type}, indent=1) + "\n")
-
-
-def _take_steps(options: argparse.Namespace, method: str, device: torch.device) -> dict[str, Any]:
-    """Losses of the steps and the most bytes of tensors in the last of them."""
-    learner = make_learner(options, method, device)
-    learner.model.train()
     run = make_run(options, Share())
-    losses: list[float] = []
-    peak = 0
-    for step in range(options.steps):
-        pixels, labels = next(run.batches.epoch(step // len(run.batches), step % len(run.batches)))
-        images = standardize(pixels, run.mean, run.std, device, torch.channels_last)
-        target = labels.to(device)
-        learner.model.zero_grad()  # the gradients are the step's, not part of what was held before
-
-        def one_step(images: torch.Tensor = images, target: torch.Tensor = target) -> None:
-            losses.append(float(learner.step(images, target, 1.0)))
-
-        if step < options.steps - 1:
-            one_step()
-        else:
-            peak = _peak(one_step, device)
-    return {"losses": losses, "peak_bytes": peak}
-
-
-def _peak(step: Callable[[], None], device: torch.device) -> int:
-    """Most bytes of tensors during a step, above what they held before."""
-    if device.type == "cpu":
-        return peak_bytes(step)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return torch.cuda.max_memory_allocated() - before
+    methods = dict.fromkeys((options.method, "backprop"))
+    found = {
+        method: steps.take(make_learner(options, method, device), run, options.steps) for method in methods
+    }
+    table = Table(*steps.HEADINGS)
+    for row in steps.cells(found):
+        table.add_row(*row)
+    Console().print(table)
+    kept = ("model", "size", "classes", "batch_size", "images", "lr", "momentum", "k", "amp")
+    settings = {key: getattr(options, key) for key in kept} | {"device": device.type}
+    steps.save(options.out / "steps" / f"{options.model}-{options.method}.json", settings, found)
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:

@@ -52,7 +52,7 @@ class Method:
 
 
 def _ghl(key: str, label: str, lr: float, activity: Activity, winners: float | None) -> Method:
-    """GHL with a scale per filter: with one per layer, rare winners move little (docs/results.md)."""
+    """GHL with a scale per filter, so that filters that seldom win take steps of the same size."""
     rule = HebbianRule(activity=activity, winners=winners, normalize="filter")
     return Method(key, label, "gradient", lr, rule, lrs=(0.003, 0.01, 0.03))
 

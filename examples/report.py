@@ -7,11 +7,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from examples import curves
+from examples import bars, curves, steps
+from examples.bars import Results
 from examples.methods import METHODS
 from ghl_kernels.demo.errors import UserError
-
-Results = dict[str, dict[int, dict[str, Any]]]
 
 TEXT = """\
 # Results
@@ -22,6 +21,7 @@ Written by `python -m examples.fashion_mnist --report`; the tables are made of w
 
 {training_images:,} training and {test_images:,} test images; DeepHebb's shape at an eighth of its width
 ({widths} filters); batch {batch_size}, epochs {epochs}. {runs} of {wanted} runs are in.
+{machines}
 
 ```
 python -m examples.fashion_mnist            # in pieces: --only METHOD ... --seeds SEED ...
@@ -37,32 +37,42 @@ read-out learns. Test accuracy in percent after the last epoch, mean of the seed
 
 ![learning curves](results/fashion-mnist.png)
 
-The read-out sees 3 x 3 positions of every filter, as DeepHebb's does, which helps random filters: the
-demo's network, with one number per filter, tells methods further apart.
+What GHL is held to, at equal epochs, as mean differences over the seeds that both methods have:
 
-A scale per filter (`normalize="filter"`) gives every filter a step of the same size; with the authors' scale,
-one for the layer, most filters move little. The table has both.
+{bars}
+
+The read-out sees several positions of every filter, as DeepHebb's does, and learns from filters that never
+moved, too: these are the row "{frozen}".
+{scales}"""
+
+SCALES = """
+A scale per filter (`normalize="filter"`) gives every filter a step of the same size, the authors' has one for
+the layer. The former ends {gap:+.2f} points from the latter.
 """
 
 STEPS = """
 ## Large networks, some steps on synthetic images
 
 `python -m examples.imagenet --synthetic --steps N --model MODEL`: equal weights and batches. Peak memory is
-that of the tensors during a step, above what they held before it.
+that of the tensors during a step, above what they held before it. Seconds are those of the processor, summed
+over threads (on a GPU, of the clock), the median of the steps between the first and the last. Losses fall
+because few images come again and again; they say that training works, not which method is better.
 
-| network | images | method | loss, first to last step (steps) | peak memory, MiB |
-| --- | --- | --- | --- | --- |
+| network | images | {headings} |
+| {rule} |
 {rows}
+
+{machines}
 """
 
 
-def write(results: Path, docs: Path, steps: Path) -> Path:
+def write(results: Path, docs: Path, steps_folder: Path) -> Path:
     """Write ``results.md`` and ``results/fashion-mnist.{png,json}`` into ``docs``; returns the first.
 
     Args:
         results: folder of fashion_mnist's runs.
         docs: where to write.
-        steps: folder of imagenet's ``--steps`` results; left out where it does not exist.
+        steps_folder: of imagenet's ``--steps`` results; their table is left out where there are none.
 
     Raises:
         UserError: no finished run, or runs of unequal settings.
@@ -74,10 +84,13 @@ def write(results: Path, docs: Path, steps: Path) -> Path:
         **common | {"widths": ", ".join(map(str, common["widths"]))},
         runs=count,
         wanted=len(METHODS) * len({seed for by_seed in runs.values() for seed in by_seed}),
+        machines=_machines([run for by_seed in runs.values() for run in by_seed.values()]),
         table="\n".join(_table(runs)),
+        bars="\n".join(bars.table(runs)),
+        frozen=METHODS["frozen"].label,
+        scales=_scales(runs),
     )
-    if steps.is_dir():
-        text += STEPS.format(rows="\n".join(_step_rows(steps)))
+    text += _steps(steps_folder)
     figures = docs / "results"
     drawn = {METHODS[key].label: [run["rows"] for run in by_seed.values()] for key, by_seed in runs.items()}
     curves.draw(drawn, figures / "fashion-mnist.png", "Fashion-MNIST: mean and range of the seeds")
@@ -125,25 +138,49 @@ def _table(runs: Results) -> list[str]:
         "| --- | --- | --- | --- | --- |",
     ]
     for key, values in final.items():
-        gap = "not run"
-        if "backprop" in final:
-            gap = f"{statistics.fmean(values) - statistics.fmean(final['backprop']):+.2f}"
+        gap = bars.gap(runs, key, "backprop")
+        beside = "not run" if gap is None else f"{gap:+.2f}"
         settings = next(iter(runs[key].values()))["settings"]
         rate = f"{settings['lr']:g}" + (
             f", momentum {settings['momentum']:g}" if settings["momentum"] else ""
         )
         spread = f"{statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-        lines.append(f"| {METHODS[key].label} | {spread} | {gap} | {len(values)} | {rate} |")
+        lines.append(f"| {METHODS[key].label} | {spread} | {beside} | {len(values)} | {rate} |")
     return lines
 
 
-def _step_rows(folder: Path) -> list[str]:
+def _scales(runs: Results) -> str:
+    found = bars.gap(runs, "ghl-softmax", "ghl-softmax-layer")
+    return "" if found is None else SCALES.format(gap=found)
+
+
+def _steps(folder: Path) -> str:
+    results = steps.read(folder)
+    if not results:
+        return ""
     lines = []
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
-        shape = "{} of {} x {}".format(result["batch_size"], result["size"], result["size"])
-        for method, run in result["methods"].items():
-            losses = f"{run['losses'][0]:.3f} to {run['losses'][-1]:.3f} ({len(run['losses'])})"
-            peak = run["peak_bytes"] / 2**20
-            lines.append(f"| {result['model']} | {shape} | {method} | {losses} | {peak:,.0f} |")
-    return lines
+    for result in results:
+        images = _images(result["settings"])
+        lines += [(result["settings"]["model"], images, *cells) for cells in steps.cells(result["methods"])]
+    return STEPS.format(
+        headings=" | ".join(steps.HEADINGS),
+        rule=" | ".join(["---"] * (2 + len(steps.HEADINGS))),
+        rows="\n".join(f"| {' | '.join(line)} |" for line in lines),
+        machines=_machines(results),
+    )
+
+
+def _images(settings: dict[str, Any]) -> str:
+    numbers = "bfloat16 autocast" if settings["amp"] else "float32"
+    size = settings["size"]
+    return f"{settings['batch_size']} of {size} x {size}, {numbers}, learning rate {settings['lr']:g}"
+
+
+def _machines(results: list[dict[str, Any]]) -> str:
+    """A sentence for each machine, number of threads and version of torch that made the results."""
+    return "\n".join(dict.fromkeys(_machine(result["environment"]) for result in results))
+
+
+def _machine(found: dict[str, Any]) -> str:
+    cpu, torch = found["machine"]["cpu"], found["versions"]["torch"]
+    return f"Made on {cpu}, threads: {found['threads']}, torch {torch}."

@@ -178,6 +178,8 @@ def test_imagenet_steps_beside_backprop(tmp_path: Path, capsys: pytest.CaptureFi
     assert result["ghl"]["losses"][0] == result["backprop"]["losses"][0]
     assert result["ghl"]["losses"][-1] < result["ghl"]["losses"][0]
     assert result["ghl"]["peak_bytes"] > 0
+    assert len(result["ghl"]["seconds"]) == 3  # the last step is not timed
+    assert min(result["ghl"]["seconds"]) > 0.0
     assert "backprop" in capsys.readouterr().out
 
 
