@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import ghl_kernels as ghl
+from ghl_kernels.demo.arguments import positive
 from ghl_kernels.demo.data import load
 
 
@@ -39,15 +40,18 @@ def network() -> nn.Sequential:
     )
 
 
-def images(folder: Path | None) -> tuple[Tensor, Tensor]:
-    """Fashion-MNIST's training images from the folder of its idx files, or noise around ten random images."""
+def images(folder: Path | None, count: int) -> tuple[Tensor, Tensor]:
+    """Fashion-MNIST's training images from the folder of its idx files, or noise around ten random images.
+
+    ``count`` is that of the latter.
+    """
     if folder is not None:
         data = load("fashion-mnist", folder)
         return data.train_images, data.train_labels
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(10, (2000,), generator=generator)
+    labels = torch.randint(10, (count,), generator=generator)
     prototypes = torch.randn(10, 1, 28, 28, generator=generator)
-    return prototypes[labels] + torch.randn(2000, 1, 28, 28, generator=generator), labels
+    return prototypes[labels] + torch.randn(count, 1, 28, 28, generator=generator), labels
 
 
 def distributed(model: nn.Module, shard: bool) -> nn.Module:
@@ -63,7 +67,7 @@ def distributed(model: nn.Module, shard: bool) -> nn.Module:
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """The epochs of this process."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    x, target = images(args.data)
+    x, target = images(args.data, args.images)
     # converted first: DDP and FSDP keep the parameters, and the optimizer must hold what they made of them
     model = distributed(ghl.convert(network().to(device), gate_at="step"), args.shard)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
@@ -91,8 +95,9 @@ def main() -> None:
     parser.add_argument(
         "--shard", action="store_true", help="fully_shard in place of DistributedDataParallel"
     )
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=192, help="images in a step, over all processes")
+    parser.add_argument("--images", type=positive, default=2000, help="synthetic ones")
+    parser.add_argument("--epochs", type=positive, default=2)
+    parser.add_argument("--batch", type=positive, default=192, help="images in a step, over all processes")
     parser.add_argument("--lr", type=float, default=0.001)
     args = parser.parse_args()
     if "RANK" not in os.environ:
