@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import ghl_kernels as ghl
-from bench import work
+from bench import step_threads, work
 from bench.baselines._oja import oja
 from bench.crossover import FRACTIONS, crossover
 from bench.failures import guarded
@@ -48,8 +48,15 @@ if TYPE_CHECKING:
 
 SUITE = "scaling"
 SOFTMAX = ghl.HebbianRule.ghl()
+# H of these is A itself, and G with dL/du in place of u.
+_ACTIVITIES = ghl.HebbianRule(decay="none", normalize="none", gate="none")
+_GRADIENT = ghl.HebbianRule(activity="linear", decay="none", normalize="none", gate="none")
 _80TH_PERCENTILE = 0.8416  # of the standard normal distribution
-_FIELDS = {"B": "batch", "N": "units", "D": "channels"}
+# A linear layer has its positions in place of a batch.
+_FIELDS = {
+    ConvShape: {"B": "batch", "N": "units", "D": "channels"},
+    LinearShape: {"B": "positions", "N": "units", "D": "features"},
+}
 
 
 class Point(NamedTuple):
@@ -59,26 +66,27 @@ class Point(NamedTuple):
     winners: int
 
     def size(self, variable: str) -> int:
-        """Value of "B", "N", "D" (the length of a patch) or "k"; a linear layer has no B."""
+        """Value of "B", "N", "D" (the length of a patch) or "k"."""
         if variable == "k":
             return self.winners
         if variable == "D":
             return self.shape.layer().columns
-        return getattr(self.shape, _FIELDS[variable])
+        return getattr(self.shape, _FIELDS[type(self.shape)][variable])
 
     def scaled(self, variable: str, factor: float) -> Point:
-        """The same with one size of a convolution or k multiplied; D by way of the channels.
+        """The same with one size or k multiplied; D of a convolution by way of its channels.
 
         Raises:
             ValueError: the size does not stay a positive integer.
         """
-        before = self.winners if variable == "k" else getattr(self.shape, _FIELDS[variable])
+        field = _FIELDS[type(self.shape)].get(variable, "")
+        before = self.winners if variable == "k" else getattr(self.shape, field)
         after = before * factor
         if after < 1 or after != int(after):
             raise ValueError(f"{variable} must stay a positive integer, got {before} * {factor:g}")
         if variable == "k":
             return self._replace(winners=int(after))
-        return self._replace(shape=self.shape._replace(**{_FIELDS[variable]: int(after)}))
+        return self._replace(shape=self.shape._replace(**{field: int(after)}))
 
     def __str__(self) -> str:
         return f"{self.shape} k={self.winners}"
@@ -125,11 +133,6 @@ def fit_power(sizes: Sequence[float], costs: Sequence[float]) -> Fit:
         raise ValueError(f"sizes and costs must be positive and finite, got {sizes} and {costs}")
     line, covariance = np.polyfit(np.log(sizes), np.log(costs), 1, cov=True)
     return Fit(float(line[0]), math.sqrt(max(0.0, covariance[0, 0])), math.exp(line[1]))
-
-
-def thread_counts(most: int) -> list[int]:
-    """Powers of two up to ``most``, and ``most``."""
-    return sorted({1 << i for i in range(most.bit_length())} | {most})
 
 
 # --- what is timed ------------------------------------------------------------------------------
@@ -210,6 +213,40 @@ def _kwta(point: Point, target: Target) -> Call:
     )
 
 
+def _pair(point: Point, target: Target) -> Call:
+    """A and G in one operation."""
+    x, u, weight = _tensors(point, target)
+    grad_u = torch.empty_like(u).copy_(torch.randn(u.shape, generator=torch.Generator().manual_seed(1)))
+    competition = SOFTMAX.competition(point.shape.units)
+
+    def run() -> Tensor:
+        A, _, G = torch.ops.ghl.conv_pair(x, u, grad_u, *point.shape.geometry, *competition, "none")
+        return torch.stack((A, G))
+
+    def expected() -> Tensor:
+        inputs = ((u.double(), _ACTIVITIES), (grad_u.double(), _GRADIENT))
+        deltas = [
+            ghl.reference.conv_delta(x.double(), y, weight.double(), rule, **point.shape.conv)
+            for y, rule in inputs
+        ]
+        return torch.stack(deltas)
+
+    return Call(run, expected, target.tolerance)
+
+
+def _depthwise(point: Point, target: Target) -> Call:
+    """A of y = u, each unit with the patches of its own channel."""
+    x, u, weight = _tensors(point, target)
+    shape, competition = point.shape, _GRADIENT.competition(point.shape.units)
+    return Call(
+        lambda: torch.ops.ghl.conv_sums(x, u, *shape.geometry, *competition, "none")[0],
+        lambda: ghl.reference.conv_delta(
+            x.double(), u.double(), weight.double(), _GRADIENT, **shape.conv, groups=shape.groups
+        ),
+        target.tolerance,
+    )
+
+
 def _gate(point: Point, target: Target) -> Call:
     """In place, but what is gated already stays as it is."""
     generator = torch.Generator().manual_seed(0)
@@ -258,6 +295,26 @@ OPERATIONS = (
         {"cpu": Point(ConvShape(32, 256, 512, 8, 3), 8), "cuda": Point(ConvShape(32, 512, 2048, 8, 3), 8)},
         _gate,
         lambda point, itemsize: work.gate(point.shape.layer().weights),
+    ),
+    Operation(
+        "ghl pair A and G", "BND", _SUMS, _pair, lambda p, itemsize: work.pair(p.shape.layer(itemsize))
+    ),
+    Operation(
+        "ghl u -> H softmax, linear",
+        "BND",
+        {"cpu": Point(LinearShape(512, 1024, 1024), 8), "cuda": Point(LinearShape(8192, 2048, 2048), 8)},
+        _softmax,
+        _dense_work,
+    ),
+    Operation(
+        "ghl depthwise A",
+        "B",
+        {
+            "cpu": Point(ConvShape(8, 96, 96, 56, 3, groups=96), 8),
+            "cuda": Point(ConvShape(64, 256, 256, 56, 3, groups=256), 8),
+        },
+        _depthwise,
+        lambda point, itemsize: work.correlate(point.shape.layer(itemsize)),
     ),
 )
 
@@ -423,6 +480,8 @@ def _parts(
     if target.device.type == "cpu":
         for operation in OPERATIONS:
             yield f"{operation.name}, threads", functools.partial(thread_rows, operation, *given)
+        if not options.quick:
+            yield "training step, threads", functools.partial(step_threads.rows, options, progress)
     kinds = list(CROSSOVERS[target.device.type])
     for kind in kinds[:1] if options.quick else kinds:
         yield f"crossover, {kind}", functools.partial(crossover_rows, kind, *given)
@@ -479,7 +538,7 @@ def thread_rows(
         torch.set_num_threads(count)
         run(0)
 
-    counts = thread_counts(os.cpu_count() or 1)
+    counts = step_threads.thread_counts(os.cpu_count() or 1)
     task = progress.add_task(f"{operation.name}, threads", total=len(counts) * (options.rounds + 2))
     timings = interleave(
         [Candidate(f"threads={n}", lambda: run(0), reset=lambda n=n: start_threads(n)) for n in counts],
@@ -566,7 +625,7 @@ def _timed(operation: Operation, point: Point, target: Target, own: Measured, ot
 # --- figure -------------------------------------------------------------------------------------
 
 # Okabe and Ito's palette, told apart by the color-blind.
-_COLORS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7")
+_COLORS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
 _RATIOS = {"threads": "speedup over one thread", "k/N": "time, sparse / dense"}
 _MEASURED = re.compile(r"(B|N|D|k|threads|k/N)=([\d.]+)")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from bench import overhead, scaling
+from bench import overhead, scaling, step_threads, steps
 from bench.gpu.timing import Timed
 from bench.interleave import Spread
 from bench.parity import ParityError
@@ -20,6 +20,8 @@ from bench.race import Target
 from bench.report import Row
 from bench.scaling import Contender, Point, fit_power
 from bench.shapes import ConvShape, LinearShape
+from bench.steps import Network
+from examples.models import DeepHebb
 from ghl_kernels._dispatch import kind_of_layer
 
 CPU = Target.of(torch.device("cpu"), quick=True)
@@ -118,7 +120,7 @@ def test_every_sweep_stays_inside_the_layer(operation: scaling.Operation, device
     ("most", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])]
 )
 def test_thread_counts(most: int, counts: list[int]) -> None:
-    assert scaling.thread_counts(most) == counts
+    assert step_threads.thread_counts(most) == counts
 
 
 @pytest.mark.parametrize(
@@ -284,6 +286,18 @@ def test_figure(toy_rows: list[Row], tmp_path) -> None:
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing to draw"):
         scaling.figure([row for row in toy_rows if row.case == "crossover"], tmp_path / "none.png")
+
+
+def test_a_training_step_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Network(lambda: DeepHebb((4, 6, 8), size=8), batch=2, size=8)
+    monkeypatch.setitem(steps.NETWORKS, "DeepHebb", tiny)
+    monkeypatch.setattr(step_threads.os, "cpu_count", lambda: 2)
+    with Progress(disable=True) as progress:
+        rows = step_threads.rows(options(), progress)
+    assert [row.name for row in rows[::2]] == [f"DeepHebb step, {name}" for name in step_threads.STEPS]
+    assert [row.case for row in rows[:2]] == ["threads=1", "threads=2"]
+    assert rows[0].ratio == Spread(1.0, 1.0, 1.0)
+    assert list(scaling.series(rows)) == ["threads"]
 
 
 class TestOverhead:
