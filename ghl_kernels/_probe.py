@@ -73,10 +73,25 @@ class Probe:
         if self._may_be_due(weight):
             torch.ops.ghl.observe_responses_(self.histogram, u, weight, dim, self.number)
 
-    def observe_rule(self, G: Tensor | None, A: Tensor, moments: Tensor, weight: Tensor) -> None:
-        """Called with the sums, and the plain gradient where there is one, before the rule is applied."""
-        if self._may_be_due(weight):
-            torch.ops.ghl.observe_rule_(self.totals, G, A, moments, weight, self.number)
+    def observe_rule(
+        self,
+        G: Tensor | None,
+        A: Tensor,
+        moments: Tensor,
+        weight: Tensor,
+        is_skipped: Tensor | None = None,
+    ) -> None:
+        """Called with the sums, and the plain gradient where there is one, before the rule is applied.
+
+        ``is_skipped``, if given, is on a device: other than 0 where the step will leave the weight as it is.
+        """
+        if not self._may_be_due(weight):
+            return
+        before = self.totals.clone()
+        torch.ops.ghl.observe_rule_(self.totals, G, A, moments, weight, self.number)
+        if is_skipped is not None:
+            # chosen and not weighted: what a skipped step adds may be NaN
+            self.totals.copy_(torch.where(is_skipped.to(self.totals.device) != 0, before, self.totals))
 
     def gate_arguments(self, weight: Tensor) -> tuple[Tensor, int] | tuple[None, None]:
         """What GateFunction takes, to observe the rule in backward."""

@@ -61,10 +61,11 @@ class Processes:
         return values
 
     def _reduced(self, local: list[list[Tensor]]) -> list[list[Tensor]]:
-        """The sums over all processes, by one flat all-reduce per dtype; copies, so local sums stay local."""
+        """The sums over all processes, one flat all-reduce per dtype and device; copies of the local ones."""
         reduced: list[list[Tensor]] = [[] for _ in local]
-        for dtype in sorted({sums[0].dtype for sums in local}, key=str):
-            members = [i for i, sums in enumerate(local) if sums[0].dtype == dtype]
+        kinds = [(str(sums[0].dtype), str(sums[0].device)) for sums in local]
+        for kind in sorted(set(kinds)):
+            members = [i for i, own in enumerate(kinds) if own == kind]
             flat = torch.cat([t.flatten() for i in members for t in local[i]])
             for group in self._groups:
                 torch.distributed.all_reduce(flat, group=group)

@@ -89,19 +89,30 @@ class ShardedAttachment(Attachment):
                 "has yet to add to it; run the pass that reduces it first"
             )
 
+    def _local(self, tensor: Tensor) -> Tensor:
+        return cast(DTensor, tensor).to_local().detach()
+
+    def _misses_sums(self) -> bool:
+        arrived, passed = self._accumulated
+        return arrived > passed
+
     def _end_pass(self, weight: Tensor) -> None:
         arrived, passed = self._accumulated
+        self._fresh_starts = 0  # zeroing in place need not count a version of a DTensor
         super()._end_pass(weight)
         if passed > arrived:
             self._accumulated[0] = passed
 
-    def _is_zero(self, grad: Tensor) -> Tensor:
+    def _zeroed(self, grad: Tensor) -> Tensor | None:
         arrived, passed = self._accumulated
         if passed > arrived:  # whatever it is, FSDP holds a gradient that will be added to it
-            return torch.zeros((), dtype=torch.bool, device=grad.device)
+            return None
         # some process may hold nothing but rows without a gradient
-        alive = (cast(DTensor, grad).to_local() != 0).any().float()
-        return self._processes.maximum(alive) == 0
+        is_alive = self._local(grad).any()
+        was_alive = self._was_alive if self._is_untouched(grad) else None
+        was_alive = torch.ones_like(is_alive) if was_alive is None else was_alive
+        is_alive, was_alive = self._processes.maximum(torch.stack([is_alive, was_alive]).float())
+        return (is_alive == 0) & (was_alive != 0)
 
 
 def attach(

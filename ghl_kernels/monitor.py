@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ghl_kernels._probe import Probe
+from ghl_kernels._processes import is_sharded
 from ghl_kernels.nn import GHLLayer
 
 if TYPE_CHECKING:
@@ -111,8 +112,8 @@ class Monitor:
 
     Raises:
         TypeError: ``model`` is no module, ``every`` or ``positions`` no int.
-        ValueError: a model without GHL layers, ``every`` or ``positions`` below 1, or a layer that another
-            Monitor watches.
+        ValueError: a model without GHL layers, ``every`` or ``positions`` below 1, a layer that another
+            Monitor watches, or one whose weight is sharded.
     """
 
     def __init__(self, model: nn.Module, every: int = 50, *, positions: int = 65536) -> None:
@@ -126,6 +127,11 @@ class Monitor:
         for name, layer in self._layers.items():
             if layer._probe is not None:
                 raise ValueError(f"{name!r} is watched by a Monitor already; call its remove() first")
+            if is_sharded(layer.weight):
+                raise ValueError(
+                    f"the weight of {name!r} is sharded: a pass sees all of it and a step some of its rows, "
+                    "which a Monitor cannot bring together; watch the model before it is sharded"
+                )
         self._probes = {name: Probe(layer, every, positions) for name, layer in self._layers.items()}
         for name, layer in self._layers.items():
             layer._probe = self._probes[name]

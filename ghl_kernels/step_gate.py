@@ -10,13 +10,13 @@ accumulates them whenever, and only when, it accumulates weight.grad.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ghl_kernels._processes import Processes
 from ghl_kernels.backends.eager import moments_size, sum_dtype
@@ -51,7 +51,7 @@ def _register(attachment: Attachment) -> None:
     _attached[key] = weakref.ref(attachment, forget)
 
 
-def _forbid_foreign_step(optimizer: Optimizer, *_: Any) -> None:
+def _held_by(optimizer: Optimizer) -> Iterator[Attachment]:
     if not _attached:
         return
     # no other tensors: a backward pass in another thread changes their gradients while they are looked at
@@ -60,11 +60,34 @@ def _forbid_foreign_step(optimizer: Optimizer, *_: Any) -> None:
             reference = _attached.get(id(parameter))
             attachment = None if reference is None else reference()
             if attachment is not None:
-                attachment.forbid_step_of(optimizer)
+                yield attachment
+
+
+def _watch_foreign_step(optimizer: Optimizer, *_: Any) -> None:
+    for attachment in _held_by(optimizer):
+        attachment.watch_step_of(optimizer)
+
+
+def _forbid_foreign_step(optimizer: Optimizer, *_: Any) -> None:
+    for attachment in _held_by(optimizer):
+        attachment.forbid_step_of(optimizer)
 
 
 # on all optimizers: the one that no StepGate serves, and that would step on plain gradients, has no other
+register_optimizer_step_pre_hook(_watch_foreign_step)
 register_optimizer_step_post_hook(_forbid_foreign_step)
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that does not keep the method's object: torch holds it where no garbage collector looks."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(tensor: Tensor) -> None:
+        bound = reference()
+        if bound is not None:
+            bound(tensor)
+
+    return hook
 
 
 class Attachment:
@@ -78,15 +101,19 @@ class Attachment:
         self.weight = weight = layer.weight  # the parameter that the optimizer holds
         self._handles = [
             weight.register_hook(self._begin_pass),
-            weight.register_post_accumulate_grad_hook(self._end_pass),
+            weight.register_post_accumulate_grad_hook(_weakly(self._end_pass)),
         ]
         self._pass: int | None = None
         self._gradient: _Seen | None = None  # weight.grad as the last pass left it
+        self._was_alive: Tensor | None = None  # whether that was other than 0, where it may be asked
+        self._fresh_starts = 0  # passes in a row that found no weight.grad
         self._stepped: _Seen | None = None  # weight.grad as the last step left it, until the next pass
         self._weight_version: int | None = None
         self._swapped: tuple[Tensor, Tensor] | None = None  # plain and gated, while weight.grad is gated
         self._accumulated = [0, 0]  # passes that added to weight.grad and to the sums
+        self._doubt: Tensor | bool = False  # parts of weight.grad may have no sums, or another weight's
         self._is_idle = False  # no pass of this process has a part in weight.grad
+        self._watched: Tensor | None = None  # the weight before the step of an optimizer that is not ours
         layer._attachment = self
         _register(self)
 
@@ -125,7 +152,8 @@ class Attachment:
         if self._is_idle:
             self._drop()
             return self.empty_sums()
-        if self._A.grad is None or self._moments.grad is None or self._accumulated[0] != self._accumulated[1]:
+        differs = self._accumulated[0] != self._accumulated[1] or self._is_replaced()
+        if self._A.grad is None or self._moments.grad is None or differs:
             raise RuntimeError(
                 f"weight.grad of {self.name!r} has no Hebbian sums: all or part of it was not made by a "
                 "backward pass through this layer in training mode, and the optimizer must not step on it"
@@ -135,6 +163,13 @@ class Attachment:
                 f"the weight of {self.name!r} was changed between backward and the optimizer's step; "
                 "its sums belong to the old weight. Zero the gradients after changing a weight"
             )
+        if self._doubt is not False and self._doubt:  # waits for the device, where there is a reason to ask
+            raise RuntimeError(
+                f"part of weight.grad of {self.name!r} has no Hebbian sums, or those of an earlier weight: a "
+                "pass that was not in training mode, or a change of the weight, came between the accumulated "
+                "passes. Zero the gradients after either"
+            )
+        self._doubt = False
         return [self._A.grad, self._moments.grad]
 
     def empty_sums(self) -> list[Tensor]:
@@ -162,14 +197,22 @@ class Attachment:
         layer, probe = self.layer, self.layer._probe
         if probe is not None:
             G = layer.weight.grad if layer.rule.gate == "sign" else None
-            probe.observe_rule(G, A, moments, layer.weight.detach())
+            # GradScaler leaves it to fused optimizers to skip a step, on the device
+            is_skipped = getattr(self._owner(), "found_inf", None)
+            probe.observe_rule(G, A, moments, layer.weight.detach(), is_skipped)
+
+    def watch_step_of(self, optimizer: Optimizer) -> None:
+        """Before a step of an optimizer that holds the weight: keep it, as ``data`` may be changed unseen."""
+        is_own = optimizer is self._owner() or self._swapped is not None
+        self._watched = None if is_own or not self._is_pending() else self._local(self.weight).clone()
 
     def forbid_step_of(self, optimizer: Optimizer) -> None:
         """After a step of an optimizer that holds the weight: RuntimeError if it took the plain gradient."""
-        if optimizer is self._owner() or self._swapped is not None:
+        before, self._watched = self._watched, None
+        if optimizer is self._owner() or self._swapped is not None or not self._is_pending():
             return
-        is_pending = self.weight.grad is not None and self._stepped is None and any(self._accumulated)
-        if is_pending and self._weight_version != self.weight._version:
+        is_changed = self._weight_version != self.weight._version
+        if is_changed or (before is not None and not torch.equal(before, self._local(self.weight))):
             raise RuntimeError(
                 f"the weight of {self.name!r} was stepped on its plain gradient by an optimizer that its "
                 "StepGate does not serve; call the gate's remove() and make one for the optimizer that steps"
@@ -216,7 +259,7 @@ class Attachment:
         # Parameters, because a compiler takes their shapes as constants; unregistered and without storage
         A, moments = nn.Parameter(zero.expand(layer.weight.shape)), nn.Parameter(zero.expand(size))
         self._leaf_handles = [leaf.register_hook(self._begin_pass) for leaf in (A, moments)]
-        self._leaf_handles.append(A.register_post_accumulate_grad_hook(self._count_sums))
+        self._leaf_handles.append(A.register_post_accumulate_grad_hook(_weakly(self._count_sums)))
         return A, moments
 
     def _is_attached(self, weight: Tensor) -> bool:
@@ -228,9 +271,26 @@ class Attachment:
         stale = self._stepped is not None and not self._stepped.still_is(grad)
         return stale or not any(self._accumulated)
 
+    def _is_pending(self) -> bool:
+        """Whether weight.grad is the plain gradient of passes that no step has used."""
+        return self.weight.grad is not None and self._stepped is None and any(self._accumulated)
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        """What this process holds of the weight or its gradient."""
+        return tensor.detach()
+
+    def _misses_sums(self) -> bool:
+        """Between passes: whether some have added to weight.grad alone, or to the sums alone."""
+        return self._accumulated[0] != self._accumulated[1]
+
+    def _is_replaced(self) -> bool:
+        """Whether weight.grad is another tensor than at the last step, with no pass since."""
+        return self._stepped is not None and self._stepped.tensor() is not self.weight.grad
+
     def _drop(self) -> None:
         self._A.grad = self._moments.grad = None
         self._accumulated = [0, 0]
+        self._doubt = False
         self._stepped = None
         self._weight_version = self.weight._version
 
@@ -250,27 +310,48 @@ class Attachment:
             self._swapped = torch.where((gated != 0).any(), plain, 0.0), gated
             self.restore()
         grad = weight.grad
-        # replaced since the step: it was zeroed, and DDP has brought other processes' gradient
-        replaced = self._stepped is not None and self._stepped.tensor() is not grad
-        if grad is None or self._A.grad is None or replaced:
+        self._fresh_starts = self._fresh_starts + 1 if grad is None else 0
+        # one that was replaced since the step was zeroed, and DDP has brought other processes' gradient
+        if grad is None or self._A.grad is None or self._is_replaced():
             self._drop()
         else:
-            # zeroed in place, or not: told apart without a synchronization
-            dead = self._is_zero(grad)
-            for leaf in (self._A, self._moments):
-                if leaf.grad is not None:
-                    leaf.grad.masked_fill_(dead, 0.0)
-            if self._gradient is None or not self._gradient.still_is(grad):
-                self._weight_version = weight._version
-                self._accumulated = [0, 0]
+            self._go_on_from(grad)
         self._stepped = None
 
-    def _is_zero(self, grad: Tensor) -> Tensor:
-        return (grad == 0).all()
+    def _go_on_from(self, grad: Tensor) -> None:
+        """Forget the sums if weight.grad was zeroed in place; told on the device, which nothing waits for."""
+        zeroed = self._zeroed(grad)
+        if zeroed is not None:
+            for leaf in (self._A, self._moments):
+                if leaf.grad is not None:
+                    leaf.grad.masked_fill_(zeroed, 0.0)
+        is_changed = not self._is_untouched(grad)
+        # after a step the sums are of an earlier weight in any case
+        is_stale = self._stepped is None and self._weight_version != self.weight._version
+        is_wrong = is_changed and (self._misses_sums() or is_stale)
+        if is_wrong or self._doubt is not False:
+            self._doubt = (is_wrong or self._doubt) & (True if zeroed is None else ~zeroed)
+        if is_changed:
+            self._weight_version = self.weight._version
+            self._accumulated = [0, 0]
+
+    def _is_untouched(self, grad: Tensor) -> bool:
+        """Whether weight.grad is as the last pass left it, for all that its version says."""
+        return self._gradient is not None and self._gradient.still_is(grad)
+
+    def _zeroed(self, grad: Tensor) -> Tensor | None:
+        """Whether weight.grad is 0 now and the last pass did not leave it so; None where it is not asked."""
+        if not self._is_untouched(grad):
+            return ~self._local(grad).any()
+        # only grad.data.zero_() gets here with a gradient that was zeroed
+        return None if self._was_alive is None else ~self._local(grad).any() & self._was_alive
 
     def _end_pass(self, weight: Tensor) -> None:
-        assert weight.grad is not None
-        self._gradient = _Seen.now(weight.grad)
+        grad = weight.grad
+        assert grad is not None
+        self._gradient = _Seen.now(grad)
+        # a reading of the gradient, spared where it is None again before every pass
+        self._was_alive = self._local(grad).any() if self._fresh_starts < 2 else None
         self._accumulated[0] += 1
 
 
@@ -390,7 +471,9 @@ class StepGate:
         self._restore()
         scale = getattr(self._optimizer, "grad_scale", None)
         for attachment, gated in self._attachments.gated():
-            attachment.swap(gated if scale is None else gated.mul_(scale))  # fused optimizers divide by it
+            if scale is not None:  # fused optimizers divide by it; it lies on one of the model's devices
+                gated.mul_(scale.to(gated.device))
+            attachment.swap(gated)
 
 
 def _gated(active: list[tuple[Attachment, list[Tensor]]]) -> Iterator[tuple[Attachment, Tensor]]:

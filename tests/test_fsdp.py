@@ -85,6 +85,7 @@ def _rank(rank: int) -> dict[str, Any]:
         model = _sharded(ghl.convert(_network(), RULES[rule], exclude=[], gate_at="step"))
         found[f"{rule}/{mode}"] = _train(model, mode, rank)
     found["dead rows"] = _dead_rows(rank)
+    found["zero gradient"] = {case: _zero_gradient(rank, *case) for case in ZERO}
     found["more processes than rows"] = _one_row(rank)
     found["mixed precision"] = _mixed_precision(rank)
     found["a bad sum"] = _bad_sum(rank)
@@ -109,6 +110,36 @@ def _dead_rows(rank: int | None) -> list[Tensor]:
         share = x if rank is None else x[rank::2]
         model(share)[:, :2].square().mean().backward()
     optimizer.step()
+    return _whole(model)
+
+
+# The loss weight of every pass of a step, and whether each of them is reduced.
+ZERO = [(weights, True) for weights in ((0, 1), (1, 0), (1, 0, 1), (0, 0, 1))] + [
+    ((0, 1), False),
+    ((1, 0), False),
+]
+
+
+def _zero_gradient(rank: int | None, weights: tuple[int, ...], reduced: bool) -> list[Tensor]:
+    """Some passes of a step have no gradient, in two steps that are zeroed in place."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(ghl.GHLLinear(6, 4, bias=False, gate_at="step", dtype=torch.float64))
+    if rank is not None:
+        model = _sharded(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    ghl.StepGate(optimizer, model)
+    for step in range(3):
+        x = torch.randn(
+            len(weights), 8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+        )
+        if rank is None:  # in one pass, in which no layer's gradient is 0
+            (torch.tensor(weights).view(-1, 1, 1) * model(x).square()).mean((1, 2)).sum().backward()
+        else:
+            for i, weight in enumerate(weights):
+                model.set_requires_gradient_sync(reduced or i == len(weights) - 1)
+                (weight * model(x[i, rank::2]).square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
     return _whole(model)
 
 
@@ -193,6 +224,7 @@ def _mixing(decay: Any) -> None:
 
 
 REFUSED = {
+    "the weight of '0' is sharded": lambda: ghl.Monitor(_sharded(ghl.convert(_network(), gate_at="step"))),
     "must be sharded by rows": _columns,
     "over one device mesh": _half_sharded,
     "'subspace' of '0' mixes all rows": lambda: _mixing("subspace"),
@@ -259,6 +291,13 @@ def test_shards_are_one_process_on_the_whole_batch(ranks: list[dict[str, Any]], 
 
 def test_rows_without_a_gradient_do_not_end_an_accumulation(ranks: list[dict[str, Any]]) -> None:
     _assert_one([found["dead rows"] for found in ranks], _dead_rows(None))
+
+
+@pytest.mark.parametrize("case", ZERO)
+def test_pass_whose_gradient_is_zero_keeps_its_sums(
+    ranks: list[dict[str, Any]], case: tuple[tuple[int, ...], bool]
+) -> None:
+    _assert_one([found["zero gradient"][case] for found in ranks], _zero_gradient(None, *case))
 
 
 def test_process_without_rows(ranks: list[dict[str, Any]]) -> None:

@@ -366,14 +366,16 @@ def test_what_does_not_learn_is_not_observed() -> None:
     assert monitor.read()["3"].positions == 0
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_grad_scaler(dtype: torch.dtype) -> None:
+def test_autocast_and_grad_scaler(dtype: torch.dtype, fused: bool) -> None:
     """The scale does not reach the statistics; a step that is skipped is not a gate."""
     readings = []
     for init_scale in (1.0, 1024.0):
         model = _model(RULES["kwta"], "step", torch.float32)
         monitor = ghl.Monitor(model, every=1)
-        optimizer = _optimizer(model, "step")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=fused)
+        ghl.StepGate(optimizer, model)
         scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
         for bad in (False, True, False):
             x, target = small_batches(4, dtype=torch.float32)[0]

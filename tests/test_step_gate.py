@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ghl_kernels as ghl
-from ghl_kernels import HebbianRule
+from ghl_kernels import HebbianRule, step_gate
+from ghl_kernels._processes import Processes
 from ghl_kernels.nn import GHLLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,6 +187,21 @@ def test_closure_called_twice_in_one_step() -> None:
         return torch.zeros(())
 
     training.step_and_check(lambda: training.optimizer.step(closure))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False], ids=["to None", "in place"])
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (1, 0, 1), (0, 0, 1)], ids=str)
+def test_pass_whose_gradient_is_zero_keeps_its_sums(weights: tuple[int, ...], set_to_none: bool) -> None:
+    """Its data are part of the batch, and it leaves what zeroing in place leaves."""
+    training = Training()
+    for seed in (1, 2, 3):
+        batches = training.batches(*[4] * len(weights), seed=seed)
+        for weight, batch in zip(weights, batches, strict=True):
+            for model in (training.model, training.reference.model):
+                (weight * summed_loss(model, batch)).backward()
+        training.step_and_check()
+        training.optimizer.zero_grad(set_to_none)
+        training.reference.forget()
 
 
 def test_discarded_backward_pass_leaves_no_trace() -> None:
@@ -719,6 +737,28 @@ def _saved_and_loaded(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.parametrize("attach", ["StepGate", "GHLSGD"])
+def test_model_that_nobody_holds_is_freed(attach: str) -> None:
+    """The gate was not removed, and a pass is pending."""
+    gc.collect()
+    registered = len(step_gate._attached)
+    model = ghl.convert(small_network(), RULE, gate_at="step")
+    if attach == "GHLSGD":
+        optimizer: torch.optim.Optimizer = ghl.GHLSGD(model, lr=LR)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        ghl.StepGate(optimizer, model)
+    for batch in small_batches(4, 4, dtype=torch.float32):
+        optimizer.step()
+        summed_loss(model, batch).backward()
+    held = [weakref.ref(model[0].weight), weakref.ref(model[0]._attachment), weakref.ref(optimizer)]
+    assert len(step_gate._attached) == registered + 3
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in held] == [None, None, None]
+    assert len(step_gate._attached) == registered
+
+
 def test_gate_cannot_be_copied() -> None:
     training = Training()
     with pytest.raises(TypeError, match="make a new one"):
@@ -833,6 +873,117 @@ def test_gradient_partly_of_a_pass_in_eval_mode() -> None:
     summed_loss(training.model, training.batches(3, seed=2)[0]).backward()
     _refused_step(training, "Hebbian sums")
     training.model.train()
+    _recovers(training)
+
+
+class OnAnotherDevice:
+    """A number that can be used where it lies only."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def to(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.value, device=device)
+
+
+class Unscaled(torch.optim.SGD):
+    """Divides by the scale as fused optimizers do, on its parameters' device."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(p.grad, alpha=-LR / self.grad_scale.value)
+
+
+def test_grad_scale_on_another_device() -> None:
+    """As in a model that is spread over devices."""
+    torch.manual_seed(0)
+    layer = ghl.GHLLinear(4, 6, bias=False, rule=RULE, gate_at="step").double()
+    reference = ReferenceModel(nn.Sequential(layer))
+    optimizer = Unscaled(layer.parameters(), lr=LR)
+    ghl.StepGate(optimizer, layer)
+    optimizer.grad_scale = OnAnotherDevice(8.0)
+    before, x = layer.weight.detach().clone(), torch.randn(5, 4, dtype=torch.float64)
+    layer(x).square().sum().backward()
+    reference.model(x).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close((before - layer.weight.detach()) / LR, reference.gated("0"))
+
+
+def test_sums_on_several_devices_are_reduced_apart() -> None:
+    layers = [ghl.GHLLinear(4, 6, gate_at="step", device=device) for device in ("cpu", "meta", "cpu")]
+    processes = Processes(nn.ModuleList(layers), [layer.weight for layer in layers], None)
+    local = [
+        [torch.randn(6, 4).to(layer.weight.device), torch.ones(1).to(layer.weight.device)] for layer in layers
+    ]
+    reduced = processes._reduced(local)
+    for mine, theirs in zip(local, reduced, strict=True):
+        assert [t.device for t in theirs] == [t.device for t in mine]
+        assert [t.shape for t in theirs] == [t.shape for t in mine]
+    assert torch.equal(reduced[0][0], local[0][0])
+    assert torch.equal(reduced[2][0], local[2][0])
+
+
+def _clip(training: Training) -> None:
+    nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
+
+
+def _in_eval_mode(training: Training) -> None:
+    training.model.eval()
+    summed_loss(training.model, training.batches(3, seed=2)[0]).backward()
+    training.model.train()
+
+
+def _change_a_weight(training: Training) -> None:
+    with torch.no_grad():
+        training.model[3].weight.mul_(0.9)
+
+
+@pytest.mark.parametrize("then", ["nothing", "another clip", "another pass"])
+@pytest.mark.parametrize("wrong", [_in_eval_mode, _change_a_weight])
+def test_clipping_does_not_hide_what_came_before_it(wrong: Callable[[Training], None], then: str) -> None:
+    training = Training()
+    training.backward(3)
+    wrong(training)
+    _clip(training)
+    training.backward(5)
+    if then != "nothing":
+        _clip(training)
+    if then == "another pass":
+        training.backward(2)
+    _refused_step(training, r"part of weight.grad of .* has no Hebbian sums, or those of an earlier")
+    _recovers(training)
+
+
+@pytest.mark.parametrize("way", [way for way in ZEROING if "data" not in way])
+@pytest.mark.parametrize("wrong", [_in_eval_mode, _change_a_weight])
+def test_zeroing_makes_up_for_what_came_before_it(wrong: Callable[[Training], None], way: str) -> None:
+    training = Training()
+    training.backward(3)
+    wrong(training)
+    ZEROING[way](training.model, training.optimizer)
+    training.reference.forget()
+    for name, buffer in training.reference.model.named_buffers():
+        buffer.copy_(training.model.get_buffer(name))
+    training.reference.follow(training.model)
+    for seed in (1, 2):
+        training.backward(3, 5, seed=seed)
+        training.step_and_check()
+        training.zero()
+
+
+@pytest.mark.parametrize("after", ["a step", "a forward pass"])
+def test_gradient_set_by_hand_after_zeroing(after: str) -> None:
+    """The sums of the pass before are not its own."""
+    training = Training()
+    training.backward(3)
+    if after == "a step":
+        training.optimizer.step()
+    training.optimizer.zero_grad()
+    if after == "a forward pass":
+        training.model(training.batches(2)[0][0])
+    training.model[3].weight.grad = torch.ones_like(training.model[3].weight)
+    _refused_step(training, "weight.grad of '3' has no Hebbian sums")
     _recovers(training)
 
 
@@ -969,6 +1120,8 @@ def test_gating_never_waits_for_the_device() -> None:
                 summed_loss(training.model, batch).backward()
                 nn.utils.clip_grad_value_(training.model.parameters(), 1e3)
             training.optimizer.step()
+            with torch.no_grad():
+                training.model[3].weight.clamp_(-10, 10)
             training.optimizer.zero_grad(set_to_none=seed == 2)
     assert (calls.counts["ghl::gate_all_"], calls.counts["ghl::gate_"]) == (2, 0)
     assert calls.counts["aten::_local_scalar_dense"] == 0

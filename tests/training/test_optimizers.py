@@ -178,6 +178,63 @@ def test_another_optimizer_must_not_step_on_the_plain_gradient() -> None:
         other.step()
 
 
+class ThroughData(Optimizer):
+    """Changes the parameters where no version counts it."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(p.grad, alpha=-0.1)
+
+
+def test_another_optimizer_that_steps_through_data() -> None:
+    run = BesideReference("step")
+    other = ThroughData(run.model.parameters())
+    run.backward(0)
+    with pytest.raises(RuntimeError, match="'0' was stepped on its plain gradient by an optimizer"):
+        other.step()
+
+
+class Outer(Optimizer):
+    """Steps by an optimizer of its own, as wrappers do."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+        self.inner = torch.optim.SGD([p for group in self.param_groups for p in group["params"]], lr=0.1)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+class EverySecond(Outer):
+    """Steps in every second call."""
+
+    calls = 0
+
+    def step(self, closure: Any = None) -> None:
+        self.calls += 1
+        if self.calls % 2 == 0:
+            super().step()
+
+
+def test_another_optimizer_that_does_not_step_yet() -> None:
+    """A wrapper's own step is no step of the gate's optimizer, and changes nothing before that steps."""
+    run = BesideReference("step")
+    wrapper = EverySecond(run.model.parameters())
+    wrapper.inner = run.optimizer
+    for seed in range(2):
+        for batch in run.batches(seed):
+            summed_loss(run.model, batch).backward()
+            run.reference.backward(batch)
+            wrapper.step()
+        run.step_reference()
+        run.optimizer.zero_grad()
+    run.assert_equal()
+
+
 def test_other_optimizers_go_their_ways() -> None:
     """One of another model, one that holds a gated weight but has nothing to step on, one inside another."""
     run = BesideReference("step", Outer)
@@ -191,17 +248,6 @@ def test_other_optimizers_go_their_ways() -> None:
         run.optimizer.zero_grad()
         bystander.zero_grad()
     run.assert_equal()
-
-
-class Outer(Optimizer):
-    """Steps by an optimizer of its own, as wrappers do."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {})
-        self.inner = torch.optim.SGD([p for group in self.param_groups for p in group["params"]], lr=0.1)
-
-    def step(self, closure: Any = None) -> Any:
-        return self.inner.step(closure)
 
 
 @pytest.mark.parametrize(
