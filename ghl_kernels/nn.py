@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ghl_kernels import _check
 from ghl_kernels._autograd import GateFunction, LayerFunction, Plan, make_plan, sums
 from ghl_kernels._geometry import Geometry, make_geometry
+from ghl_kernels._processes import is_sharded
 from ghl_kernels.backends.eager import moments_size
 from ghl_kernels.rule import HebbianRule
 
@@ -60,15 +61,26 @@ class GHLLayer(nn.Module, abc.ABC):
         super().__init__(*args, **kwargs)
         self.set_rule(HebbianRule.ghl() if rule is None else rule, gate_at, sums_at)
 
-    def set_rule(self, rule: HebbianRule, gate_at: GateAt = "backward", sums_at: SumsAt = "forward") -> None:
-        """Check and store the rule and its options.
+    def set_rule(
+        self, rule: HebbianRule, gate_at: GateAt | None = None, sums_at: SumsAt | None = None
+    ) -> None:
+        """Check and store the rule and its options; an option that is not given stays as it is.
 
         Raises:
             TypeError: ``rule`` is no HebbianRule.
-            ValueError: an unknown option, or more winners than this layer has units.
+            ValueError: an unknown option, more winners than this layer has units, or another gate_at or
+                decay while a StepGate or GHLSGD holds the layer.
         """
+        gate_at = self.gate_at if gate_at is None else gate_at
+        sums_at = self.sums_at if sums_at is None else sums_at
         check_options(rule, gate_at, sums_at)
         rule.winners_of(self.units)
+        if self._attachment is not None and (gate_at, rule.decay) != (self.gate_at, self.rule.decay):
+            raise ValueError(
+                f"gate_at and decay must stay {self.gate_at!r} and {self.rule.decay!r} while a StepGate or "
+                f"GHLSGD holds the layer, got {gate_at!r} and {rule.decay!r}; call its remove() first, and "
+                "make a new one afterwards"
+            )
         self.rule, self.gate_at, self.sums_at = rule, gate_at, sums_at
 
     @property
@@ -94,9 +106,16 @@ class GHLLayer(nn.Module, abc.ABC):
 
         Raises:
             TypeError, ValueError: an input that the layer does not take, or an lr that is not finite.
+
+        Warns:
+            Once, where there are several processes, whose weights part unless all of them get the same x.
         """
         if not math.isfinite(lr):
             raise ValueError(f"lr must be finite, got {lr!r}")
+        _warn_if_distributed(
+            "learn_ updates this process's weights by its own share of the batch, and so the replicas part; "
+            "with several processes give all of them the whole batch, or broadcast the weights after it"
+        )
         self._check_input(x)
         u = self._torch_forward(x)
         batched, geometry = self._prepare(x.to(u.dtype))
@@ -114,6 +133,8 @@ class GHLLayer(nn.Module, abc.ABC):
         if not self._is_learning():
             return self._torch_forward(input)
         self._check_input(input)
+        if _is_batched(input):
+            raise _refused_vmap()
         x, geometry = self._prepare(input)
         u = self._apply_rule(x, geometry)
         if self._probe is not None:
@@ -121,7 +142,12 @@ class GHLLayer(nn.Module, abc.ABC):
         return u.squeeze(0) if x.dim() > input.dim() else u
 
     def _is_learning(self) -> bool:
-        return self.training and self.weight.requires_grad and torch.is_grad_enabled()
+        if not (self.training and torch.is_grad_enabled()):
+            return False
+        weight = self.weight
+        if _is_batched(weight):  # it requires no gradient there, and would get the plain one all the same
+            raise _refused_vmap()
+        return weight.requires_grad
 
     def _torch_forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, super().forward(x))
@@ -131,7 +157,14 @@ class GHLLayer(nn.Module, abc.ABC):
         """x batched and padded as the geometry expects it, differentiably; no geometry for linear."""
 
     def _check_input(self, x: Tensor) -> None:
-        _check.floats(x=x, weight=self.weight)
+        weight = self.weight
+        _check.floats(x=x, weight=weight)
+        if is_sharded(weight):  # fully_shard gathers it before the pass
+            raise RuntimeError(
+                "the weight is spread over processes in the pass itself, as tensor parallelism does; GHL "
+                "layers learn with whole weights: leave them out of parallelize_module, and use fully_shard "
+                "or DistributedDataParallel"
+            )
 
     def _plan(self, geometry: Geometry | None) -> Plan:
         return make_plan(
@@ -163,7 +196,10 @@ class GHLLayer(nn.Module, abc.ABC):
                     "need one of their own), or use gate_at='backward'"
                 )
             return self.weight, *self._attachment.leaves()
-        _warn_if_distributed()
+        _warn_if_distributed(
+            "gate_at='backward' gates each rank's gradient on its own, which is not the rule on the whole "
+            "batch; with several processes use gate_at='step' and a StepGate"
+        )
         rule, groups = self.rule, self.filter_groups
         size = moments_size(self.units, groups, rule.decay)
         observed = (None, None) if self._probe is None else self._probe.gate_arguments(self.weight)
@@ -293,18 +329,32 @@ def check_options(rule: object, gate_at: object, sums_at: object) -> None:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-_warned_distributed = False
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether a surrounding torch.func.vmap maps over the tensor; torch has no public way to ask."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling():  # which cannot look below the uppermost transform
+        return functorch.is_batchedtensor(tensor)
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
-def _warn_if_distributed() -> None:
-    global _warned_distributed
-    if _warned_distributed or torch.compiler.is_compiling():
+def _refused_vmap() -> RuntimeError:
+    return RuntimeError(
+        "torch.func.vmap cannot train GHL layers: the rule is not linear in the data, and vmap would leave "
+        "the plain gradient. Train the members of an ensemble in turn; eval mode and no_grad are fine"
+    )
+
+
+_warnings_given: set[str] = set()
+
+
+def _warn_if_distributed(message: str) -> None:
+    if torch.compiler.is_compiling() or message in _warnings_given:
         return
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        _warned_distributed = True
-        warnings.warn(
-            "gate_at='backward' gates each rank's gradient on its own, which is not the rule on the whole "
-            "batch; with several processes use gate_at='step' and a StepGate",
-            stacklevel=4,
-        )
+        _warnings_given.add(message)
+        warnings.warn(message, stacklevel=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,14 @@ def _message_for_changed_weight() -> str:
     return str(error.value)
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two processes found."""
@@ -317,6 +326,20 @@ def test_bad_sums_reach_every_process(ranks: list[dict[str, Any]]) -> None:
 
 def test_state_dict_is_the_torch_models(ranks: list[dict[str, Any]]) -> None:
     assert all(found["state dict"] for found in ranks)
+
+
+@pytest.mark.parametrize("gate_at", ["backward", "step"])
+def test_tensor_parallelism_is_refused_in_training(gate_at: str, alone: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = nn.Sequential(ghl.GHLLinear(6, 4, gate_at=gate_at), nn.ReLU())
+    parallelize_module(model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
+    if gate_at == "step":
+        _step_gate(model)
+    with pytest.raises(RuntimeError, match="as tensor parallelism does"):
+        model(torch.randn(3, 6))
+    assert model.eval()(torch.randn(3, 6)).shape == (3, 4)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -876,6 +876,29 @@ def test_gradient_partly_of_a_pass_in_eval_mode() -> None:
     _recovers(training)
 
 
+def test_rule_of_an_attached_layer() -> None:
+    """What its StepGate sums for must stay; the mode is kept where none is given."""
+    training = Training()
+    layer = training.model[3]
+    for change in (
+        lambda: layer.set_rule(HebbianRule.ghl(), "backward"),
+        lambda: layer.set_rule(HebbianRule(activity="linear", decay="sanger")),
+    ):
+        with pytest.raises(
+            ValueError, match=r"gate_at and decay must stay 'step' and 'oja' .* remove\(\) first"
+        ):
+            change()
+        assert layer.rule == RULE
+    layer.set_rule(HebbianRule.kwta(2))
+    assert (layer.rule, layer.gate_at) == (HebbianRule.kwta(2), "step")
+    training.reference.rules["3"] = layer.rule
+    training.backward(3, 5)
+    training.step_and_check()
+    training.gate.remove()
+    layer.set_rule(RULE, "backward")
+    assert layer.gate_at == "backward"
+
+
 class OnAnotherDevice:
     """A number that can be used where it lies only."""
 

@@ -79,6 +79,64 @@ def test_functional_call_with_other_parameters_is_refused_in_step_mode(way: str)
     assert _loss(_others(model), model, batch).isfinite()
 
 
+def _ensemble(model: nn.Module, x: Tensor) -> Tensor:
+    """Three models whose parameters are stacked."""
+    stacked = {n: torch.stack([p.detach()] * 3).requires_grad_() for n, p in model.named_parameters()}
+    return torch.func.vmap(lambda p: functional_call(model, p, (x,)))(stacked)
+
+
+def _per_sample(model: nn.Module, x: Tensor) -> Any:
+    """One gradient for every item of the batch."""
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    grad = torch.func.grad(lambda p, item: functional_call(model, p, (item[None],)).sum())
+    return torch.func.vmap(grad, in_dims=(None, 0))(own, x)
+
+
+def _per_member(model: nn.Module, x: Tensor) -> Any:
+    """One gradient for every member of an ensemble."""
+    stacked = {n: torch.stack([p.detach()] * 3) for n, p in model.named_parameters()}
+    return torch.func.vmap(torch.func.grad(lambda p: functional_call(model, p, (x,)).sum()))(stacked)
+
+
+def _mapped(model: nn.Module, x: Tensor) -> Tensor:
+    """The model itself, over the batch."""
+    return torch.func.vmap(lambda item: model(item[None]))(x)
+
+
+@pytest.mark.parametrize("use", [_ensemble, _per_sample, _per_member, _mapped])
+@pytest.mark.parametrize("gate_at", ["backward", "step"])
+def test_vmap_is_refused_in_training(gate_at: str, use: Any) -> None:
+    """It would train by plain gradients, without a word."""
+    model = _without_norm(gate_at)
+    if gate_at == "step":
+        ghl.StepGate(sgd(model.parameters()), model)
+    x = small_batches(3)[0][0]
+    with pytest.raises(RuntimeError, match=r"torch\.func\.vmap cannot train GHL layers"):
+        use(model, x)
+    use(model.eval(), x)
+    if use in (_ensemble, _mapped):  # torch.func.grad turns it on again
+        with torch.no_grad():
+            use(model.train(), x)
+
+
+@pytest.mark.parametrize("gate_at", ["backward", "step"])
+def test_vmap_is_refused_under_compile(gate_at: str) -> None:
+    torch._dynamo.reset()
+    model = _without_norm(gate_at)
+    if gate_at == "step":
+        ghl.StepGate(sgd(model.parameters()), model)
+    with pytest.raises(Exception, match=r"torch\.func\.vmap cannot train GHL layers"):
+        torch.compile(_ensemble, backend="aot_eager")(model, small_batches(3)[0][0])
+    torch._dynamo.reset()
+
+
+def test_vmap_over_the_input_of_a_frozen_layer() -> None:
+    """It is its torch layer."""
+    model = _without_norm("backward").requires_grad_(False)
+    x = small_batches(3)[0][0]
+    torch.testing.assert_close(_mapped(model, x).squeeze(1), model(x))
+
+
 def test_parameters_that_load_state_dict_replaced() -> None:
     """assign=True makes other parameters, which the optimizer does not hold and the gate does not see."""
     run = BesideReference("step")
