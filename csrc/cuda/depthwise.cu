@@ -285,12 +285,6 @@ std::string describe(const PairParams& params) {
          " positions";
 }
 
-bool lacks_state(const PairParams& params) {
-  const bool softmax = params.activity == Activity::softmax;
-  return params.a && ((softmax && !params.logsumexp) || (params.anti && !params.first) ||
-                      ((params.selects || !softmax) && !params.threshold) || (params.selects && !params.cut));
-}
-
 Status kernel_params(const PairParams& params, const std::string& what, DepthwiseParams& kernel) {
   const ConvGeometry& geometry = params.geometry;
   const Status status = patch_grid(what, geometry, params.x_stride_batch, params.x_stride, kernel.grid);
@@ -346,6 +340,7 @@ Status depthwise_cuda(const PairParams& params, Stream stream) {
   const std::string what = describe(params);
   if (params.geometry.positions() > 0 && lacks_state(params))
     return Status::failure(what + ": the state that its activity needs is missing");
+  if (!params.workspace) return Status::failure(what + ": no workspace");
   DepthwiseParams kernel{};
   Status status = make_plan(params, stream.device, kernel.plan);
   if (status.ok) status = kernel_params(params, what, kernel);

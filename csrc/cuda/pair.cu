@@ -742,10 +742,11 @@ bool has_state(const PairParams& params) {
   return params.threshold || params.cut || params.logsumexp || params.first;
 }
 
-// Whether a half holds all units of a position, in neighboring lanes.
-bool can_make_state(const PairParams& params) {
+// Whether the kernel computes the state itself, which it can where a half holds all units of a position, in
+// neighboring lanes.
+bool makes_state(const PairParams& params) {
   const int64_t vector = 16 / itemsize_of(params.dtype);
-  return params.activity == Activity::softmax && !params.selects && !params.anti &&
+  return !has_state(params) && params.activity == Activity::softmax && !params.selects && !params.anti &&
          params.geometry.groups == 1 && params.units <= kPairHalf &&
          access_of(params.u, params.units, params.geometry.positions(), vector) == Access::rows;
 }
@@ -769,7 +770,7 @@ KernelParams kernel_params(const PairParams& params, const PairPlan& plan) {
           {params.activity, params.selects, params.anti, 1.0f / params.temperature},
           {params.threshold, params.cut, params.logsumexp, params.first},
           params.activity == Activity::softmax && !params.selects && !params.anti,
-          !has_state(params) && can_make_state(params),
+          makes_state(params),
           static_cast<int32_t>(units),
           static_cast<int32_t>(params.geometry.taps() * params.geometry.group_channels()),
           static_cast<int32_t>(groups),
@@ -817,6 +818,7 @@ Status pair_mma(const PairParams& params, const DeviceInfo& info, Stream stream)
   if (plan.blocks() > kMostBlocks || positions > std::numeric_limits<int32_t>::max()) {
     return Status::failure(pair_shape(params) + ": too many tiles, or positions of one of them");
   }
+  if (plan.parts > 1 && !params.workspace) return Status::failure(pair_shape(params) + ": no workspace");
   const Status status = launch_products(params, plan, stream);
   if (!status.ok || plan.parts <= 1) return status;
   return pair_sum_tiles(params, plan, stream);
@@ -841,9 +843,8 @@ Status check(const PairParams& params, const DeviceInfo& info) {
   if (params.form == PairForm::wgmma && !wgmma) {
     return failure("the wgmma form does not take this shape on this device");
   }
-  const bool needs_state = params.a && params.activity == Activity::softmax && !has_state(params);
-  if (needs_state && !empty && !wgmma && !can_make_state(params)) {
-    return failure("the softmax's state is not given");
+  if (!empty && lacks_state(params) && !makes_state(params)) {
+    return failure("the state that its activity needs is missing");
   }
   return {};
 }

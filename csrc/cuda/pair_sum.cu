@@ -27,7 +27,8 @@ struct SumParams {
   int64_t result_channels;
 };
 
-__device__ __forceinline__ void store(const SumParams& params, int64_t element, float sum) {
+// Where an element of the tiles belongs; null where the tile reaches beyond the result.
+__device__ __forceinline__ float* target_of(const SumParams& params, int64_t element) {
   const int tile_size = 2 * kPairHalf * params.tile_columns;
   const int in_tile = static_cast<int>(element % tile_size);
   const int row = in_tile / params.tile_columns, half = row / kPairHalf;
@@ -39,10 +40,10 @@ __device__ __forceinline__ void store(const SumParams& params, int64_t element, 
   const int column = column_block * params.tile_columns + in_tile % params.tile_columns;
   const int64_t tap = params.channels.divide(column);
   const int64_t channel = column - tap * params.channels.value;
-  if (unit >= params.units || column >= params.columns || channel >= params.result_channels) return;
+  if (unit >= params.units || column >= params.columns || channel >= params.result_channels) return nullptr;
   const Filters& layout = params.layout;
-  params.out[half][(group * params.units + unit) * layout.stride_unit + channel * layout.stride_channel +
-                   tap * layout.stride_tap] = sum;
+  return params.out[half] + (group * params.units + unit) * layout.stride_unit +
+         channel * layout.stride_channel + tap * layout.stride_tap;
 }
 
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ SumParams params) {
@@ -51,16 +52,19 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ S
   const int thread = static_cast<int>(threadIdx.x);
   const int team = thread / width;
   const int64_t element = static_cast<int64_t>(blockIdx.x) * width + thread % width;
+  float* const target = target_of(params, element);
+  // the others have no products either: warps without units or columns leave their share of a part unwritten
+  const int parts = target ? params.number : 0;
   float sum = 0.0f;
 #pragma unroll 8
-  for (int part = team; part < params.number; part += params.teams) {
+  for (int part = team; part < parts; part += params.teams) {
     sum += __ldg(params.parts + part * params.elements + element);
   }
   sums[thread] = sum;
   __syncthreads();
-  if (team != 0) return;
+  if (team != 0 || !target) return;
   for (int other = 1; other < params.teams; ++other) sum += sums[other * width + thread];
-  store(params, element, sum);
+  *target = sum;
 }
 
 }  // namespace

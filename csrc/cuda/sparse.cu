@@ -130,6 +130,7 @@ Status sparse_cuda(const CorrelateParams& params, Stream stream) {
   const Plan plan = make_plan(params);
   const Workspace workspace = carve(params, plan);
   const std::string what = describe(params, plan);
+  if (!params.workspace) return Status::failure(what + ": no workspace");
 
   GatherParams gathered{};
   Status status = patch_grid(what, params.geometry, params.x_stride_batch, params.x_stride, gathered.grid);

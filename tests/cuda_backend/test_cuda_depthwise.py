@@ -254,6 +254,12 @@ def test_a_missing_state_is_refused(competition: Competition) -> None:
         )
 
 
+def test_a_missing_workspace_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depthwise, "workspace", lambda *_: None)
+    with pytest.raises(RuntimeError, match="over 3 taps at 18 positions: no workspace"):
+        run(random_case("1d"))
+
+
 def test_a_spatial_size_beyond_31_bits_is_refused() -> None:
     geometry = Geometry((1,), (1 << 30,), (0,), (1,), 1)
     x, u = torch.zeros(1).expand(1, 1, 1 << 31), torch.zeros(1, 1, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -364,10 +366,61 @@ def test_failures_name_the_shape(cuda: ModuleType) -> None:
     with pytest.raises(RuntimeError, match=f"{shape}: a result without its input"):
         cuda.pair(**arguments)
     arguments |= {"u": 16, "u_layout": (1, 72, 0, 1)}
-    with pytest.raises(RuntimeError, match=f"{shape}: the softmax's state is not given"):
+    with pytest.raises(RuntimeError, match=f"{shape}: the state that its activity needs is missing"):
         cuda.pair(**arguments)
     with pytest.raises(RuntimeError, match=f"{shape}: the wgmma form does not take this shape"):
         cuda.pair(**arguments, form=2)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_state_with_a_part_missing_is_refused(rule: HebbianRule) -> None:
+    """Zeros in its place would give wrong sums without a word."""
+    x, u = torch.randn(30, 8), torch.randn(30, 72)
+    competition = rule.competition(72)
+    state = state_of(u, competition)
+    for name, needed in zip(State._fields, needs(competition), strict=True):
+        if needed:
+            with pytest.raises(RuntimeError, match=r"positions, float32: the state that .* is missing"):
+                sums(x, u, None, None, state._replace(**{name: None}), competition)
+
+
+def test_parts_without_a_workspace_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correlate, "workspace", lambda *_: None)
+    grad = torch.randn(4096, 16)
+    with pytest.raises(RuntimeError, match="at 4096 positions, float32: no workspace"):
+        sums(torch.randn(4096, 8), None, grad, None, None, SOFTMAX.competition(16))
+
+
+# A workspace of which a page can be read only where a warp has units: the second 64 rows of every tile of 128
+# by 256 floats. Prints the number of parts.
+UNWRITTEN = """
+import ctypes, mmap, torch
+from ghl_kernels.backends.cuda.kernels import correlate
+from ghl_kernels.backends.gpu.layout import patches, responses
+
+TILE = 128 * 256 * 4
+
+def guarded(shape, device, what):
+    memory = mmap.mmap(-1, shape[0] * 4)
+    words = torch.frombuffer(memory, dtype=torch.float32)
+    for tile in range(0, len(memory), TILE):
+        start = ctypes.c_void_p(words.data_ptr() + tile + TILE // 2)
+        assert ctypes.CDLL(None).mprotect(start, ctypes.c_size_t(TILE // 2), 0) == 0
+    print(len(memory) // TILE, flush=True)
+    return words
+
+correlate.workspace = guarded
+x, grad = torch.randn(3000, 256), torch.randn(3000, 40)
+competition = __import__("ghl_kernels").HebbianRule().competition(40)
+_, G = correlate.correlate(patches(x, None), None, responses(grad, 1), None, competition, channels=256)
+torch.testing.assert_close(G[..., 0], grad.t() @ x, rtol=1e-3, atol=1e-3)
+"""
+
+
+def test_the_sum_of_the_parts_reads_only_what_was_written() -> None:
+    done = subprocess.run([sys.executable, "-c", UNWRITTEN], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 1
 
 
 def test_too_little_memory_says_for_what(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,6 +271,12 @@ def test_no_units() -> None:
     assert sums.shape == (0,)
 
 
+def test_a_missing_workspace_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "workspace", lambda *_: None)
+    with pytest.raises(RuntimeError, match="of 6 units of 5 inputs with 18 winners: no workspace"):
+        run(random_lists(9, 2, 6))
+
+
 def test_a_spatial_size_beyond_31_bits_is_refused(cuda: ModuleType) -> None:
     x = torch.zeros(1).expand(1, 1, 1 << 31)
     geometry = Geometry((1,), (1 << 30,), (0,), (1,), 1)

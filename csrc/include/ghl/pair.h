@@ -62,6 +62,13 @@ struct PairParams {
   void* workspace = nullptr;  // pair_cuda_workspace(params, device) bytes, 256-byte aligned
 };
 
+// Whether A's activity needs a state that is not given.
+inline bool lacks_state(const PairParams& params) {
+  const bool softmax = params.activity == Activity::softmax;
+  return params.a && ((softmax && !params.logsumexp) || (params.anti && !params.first) ||
+                      ((params.selects || !softmax) && !params.threshold) || (params.selects && !params.cut));
+}
+
 int64_t pair_cuda_workspace(const PairParams& params, int device);
 Status pair_cuda(const PairParams& params, Stream stream);
 
