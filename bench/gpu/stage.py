@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -11,16 +12,36 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 import ghl_kernels as ghl
+from bench.gpu import cuda_form
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 KERNELS = ("triton", "cuda")
 T = TypeVar("T")
 DRY_RUN = "DRY RUN ON A CPU: these numbers say nothing about a GPU"
 _CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu,pstate"
+
+
+class Options(NamedTuple):
+    """Of a stage's command line.
+
+    Attributes:
+        out: folder of the documents.
+        cache: folder of what later stages find built; None: ``out``.
+        stages: those that will follow this one; empty: all.
+        small: the dry run's shapes.
+    """
+
+    out: pathlib.Path
+    seconds: float = 120.0
+    cache: pathlib.Path | None = None
+    stages: tuple[str, ...] = ()
+    small: bool = False
+    dry_run: bool = False
 
 
 class Stage:
@@ -31,10 +52,12 @@ class Stage:
     unless the GPU itself no longer answers.
     """
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.out: pathlib.Path = options.out
-        self.dry: bool = options.dry_run
-        self.small: bool = options.dry_run or options.small
+    def __init__(self, name: str, options: Options) -> None:
+        self.out = options.out
+        self.cache = options.cache or options.out
+        self.later = frozenset(options.stages)
+        self.dry = options.dry_run
+        self.small = options.dry_run or options.small
         self.device = torch.device("cpu" if self.dry else "cuda")
         self._start = time.monotonic()
         self._seconds = options.seconds
@@ -57,6 +80,16 @@ class Stage:
         """Seconds until the stage should be done."""
         return self._seconds - (time.monotonic() - self._start)
 
+    @contextlib.contextmanager
+    def share(self, part: float) -> Iterator[None]:
+        """Inside, no more than this part of the time that is left may be used."""
+        before = self._seconds
+        self._seconds -= (1 - part) * max(0.0, self.left)
+        try:
+            yield
+        finally:
+            self._seconds = before
+
     def add(self, section: str, *rows: dict[str, Any]) -> None:
         """Append rows to a section and write the document."""
         self._document["results"].setdefault(section, []).extend(rows)
@@ -70,12 +103,18 @@ class Stage:
                 continue
             yield item
 
+    def begin(self, what: str) -> None:
+        """Have it in the document what this process is busy with, should it not come back."""
+        self._document["doing"] = what
+        self._write()
+
     def attempt(self, what: str, action: Callable[[], T]) -> T | None:
         """The action's result, or None after recording why there is none.
 
         Raises:
             RuntimeError: the GPU does not answer any more.
         """
+        print(what, flush=True)  # the log's last line names what a hanging GPU was busy with
         try:
             return action()
         except Exception as error:  # a stage reports, whatever happened
@@ -123,15 +162,23 @@ def main(name: str, run: Callable[[Stage], None], arguments: Sequence[str] | Non
     parser = argparse.ArgumentParser(prog=f"python -m bench.gpu.{name}")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the documents")
     parser.add_argument("--seconds", type=float, default=60.0, help="time for the stage")
+    parser.add_argument("--cache", type=pathlib.Path, help="folder of what later stages find built")
+    parser.add_argument(
+        "--stages",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        help="those that will follow this one; default: all",
+    )
     parser.add_argument("--small", action="store_true", help="the dry run's shapes")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, in the interpreter")
-    options = parser.parse_args(arguments)
+    options = Options(**vars(parser.parse_args(arguments)))
     options.out.mkdir(parents=True, exist_ok=True)
     if options.dry_run:
         _interpret_bfloat16()
     torch.manual_seed(0)
     stage = Stage(name, options)
-    stage.attempt(name, lambda: run(stage))
+    with cuda_form.sound():
+        stage.attempt(name, lambda: run(stage))
     return stage.finish()
 
 
