@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import machine
-from bench.gpu import ceilings, stage
+from bench.gpu import ceilings, native_probes, stage
 from bench.gpu.stage import Stage
 from ghl_kernels import environment
 
@@ -23,15 +23,18 @@ EXACT, SUMMED, TF32 = 0.0, 1e-5, 2e-3  # how far a probe may be from float64
 
 
 def run(this: Stage) -> None:
-    """Versions, device, ceilings, probes."""
+    """Versions, device, probes, ceilings."""
     this.add("machine", _machine(this))
     this.add("package", environment.collect())
-    this.add("ceilings", ceilings.measure(this))
     for name, (probe, limit) in _probes(this.device).items():
         error = this.attempt(f"probe {name}", probe)
         if error is not None:
-            this.add("probes", {"probe": name, "error": error, "works": error <= limit})
-    this.attempt("probes of sm_90", lambda: _probe_hopper(this))
+            this.add("probes", {"probe": name, "works": error <= limit, "error": error})
+            if not error <= limit:
+                this.errors.append(f"probe {name}: off by {error:.2e}, at which it does not work")
+    for name in native_probes.SOURCES:
+        this.attempt(name, lambda name=name: _probe_instructions(this, name))
+    this.add("ceilings", ceilings.measure(this))
 
 
 def _machine(this: Stage) -> dict[str, Any]:
@@ -89,17 +92,21 @@ def _probes(device: torch.device) -> dict[str, tuple[Callable[[], float], float]
     return found
 
 
-def _probe_hopper(this: Stage) -> None:
-    """Every instruction of sm_90 that the CUDA backend uses, each in a kernel of its own."""
-    if this.dry or torch.cuda.get_device_capability() != (9, 0):
-        this.absent("probes of sm_90", "a dry run has none" if this.dry else "this is another GPU")
+def _probe_instructions(this: Stage, name: str) -> None:
+    """Every instruction that the CUDA backend uses by name, each in a kernel of its own."""
+    if this.dry:
+        this.absent(name, "a dry run has none")
         return
-    from bench.gpu import probes
-
-    for name, problem in probes.hopper(this.out):
-        this.add("probes", {"probe": name, "works": not problem, "problem": problem})
+    major, minor = torch.cuda.get_device_capability()
+    if name == "probes_sm90" and (major, minor) != (9, 0):
+        this.absent(name, f"this GPU is sm_{major}{minor}")
+        return
+    with this.share(0.4):
+        found = list(native_probes.run(name, this.cache, this.left))
+    for probe, problem in found:
+        this.add("probes", {"probe": probe, "works": not problem, "problem": problem})
         if problem:
-            this.errors.append(f"probe {name}: {problem}")
+            this.errors.append(f"probe {probe}: {problem}")
 
 
 def _compiled_softmax(device: torch.device) -> float:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import pathlib
-import subprocess
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -50,20 +45,6 @@ def mm_float32(device: torch.device) -> float:
     """As dot, by torch.mm of bfloat16 operands with a float32 result."""
     a, b = (torch.randn(64, 64, device=device).bfloat16() for _ in range(2))
     return _error(torch.mm(a, b, out_dtype=torch.float32), a.double() @ b.double())
-
-
-def hopper(folder: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """(name, problem or "") of each probe in probes_sm90.cu, which is compiled first."""
-    source, library = pathlib.Path(__file__).with_name("probes_sm90.cu"), folder / "probes_sm90.so"
-    csrc = pathlib.Path(__file__).resolve().parents[2] / "csrc"
-    options = ["-std=c++20", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=static", f"-I{csrc}"]
-    target = ["-gencode", "arch=compute_90a,code=sm_90a", f"-I{csrc / 'include'}"]
-    subprocess.run(["nvcc", *options, *target, str(source), "-o", str(library)], check=True)
-    probes = ctypes.CDLL(str(library))
-    probes.probe_name.restype = probes.probe_run.restype = ctypes.c_char_p
-    for i in range(probes.probe_count()):
-        problem = probes.probe_run(i)
-        yield probes.probe_name(i).decode(), problem.decode() if problem else ""
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

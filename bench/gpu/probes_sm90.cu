@@ -165,14 +165,22 @@ __global__ void __launch_bounds__(kThreads, 1) setmaxnreg_kernel(const __grid_co
 
 // --- host ---------------------------------------------------------------------------------------
 
-// Memory that both sides see.
+// An array on both sides: filled here, sent to the device, brought back.
 template <class T>
 struct Shared {
-  explicit Shared(size_t count) { cudaMallocManaged(&data, count * sizeof(T)); }
-  ~Shared() { cudaFree(data); }
+  explicit Shared(size_t count) : host(count) { cudaMalloc(&device, bytes()); }
+  ~Shared() { cudaFree(device); }
   Shared(const Shared&) = delete;
   Shared& operator=(const Shared&) = delete;
-  T* data = nullptr;
+  size_t bytes() const { return host.size() * sizeof(T); }
+  T* send() {
+    cudaMemcpy(device, host.data(), bytes(), cudaMemcpyHostToDevice);
+    return device;
+  }
+  void bring() { cudaMemcpy(host.data(), device, bytes(), cudaMemcpyDeviceToHost); }
+  T& operator[](size_t i) { return host[i]; }
+  std::vector<T> host;
+  T* device = nullptr;
 };
 
 std::string launch_probe(void (*kernel)(Probe), unsigned blocks, unsigned threads, size_t shared,
@@ -233,16 +241,20 @@ Tensor image_tensor(const Image& image, const void* data, Source source) {
   return tensor;
 }
 
-// 3 taps a dimension with strides, padding and dilation; the copy begins at a position inside and runs past
-// the end.
-Patches probe_patches(const Image& image, Source source) {
+// Every size another one along every dimension, so that no two can be taken for each other. Which of an
+// image's dimensions has one tap and no padding differs; of the last tap all offsets that can be are above
+// zero. The copy begins at a position inside and runs past the end.
+Patches probe_patches(const Image& image, Source source, int turn) {
+  constexpr int32_t kKernel[3] = {3, 2, 1}, kPadding[3] = {2, 1, 0}, kDilation[3] = {2, 3, 1};
+  constexpr int32_t kStride[3] = {2, 1, 3};
   Patches patches;
   const int64_t size[3] = {image.w, image.h, image.d};
   for (int i = 0; i < (source == Source::volume ? 3 : 2); ++i) {
-    patches.kernel[i] = 3;
-    patches.stride[i] = i == 0 ? 2 : 1;
-    patches.padding[i] = 2;
-    patches.dilation[i] = 2;
+    const int choice = (i + turn) % 3;
+    patches.kernel[i] = kKernel[choice];
+    patches.stride[i] = kStride[i];
+    patches.padding[i] = kPadding[choice];
+    patches.dilation[i] = kDilation[choice];
     patches.out_size[i] = static_cast<int32_t>(pixels_in_box(patches, i, size[i]));
   }
   return patches;
@@ -259,17 +271,18 @@ uint16_t patch_element(const Image& image, const Patches& patches, int32_t posit
   return element_at(image, at.image, pixel[2], pixel[1], pixel[0], c);
 }
 
-std::string probe_copy(Source source, bool multicast) {
-  const Image image = source == Source::volume ? Image{2, 4, 5, 6, 72} : Image{3, 1, 9, 11, 72};
-  const int32_t first_channel = 16, tap = source == Source::rows ? 0 : 5;
+std::string probe_copy(Source source, bool multicast, int turn = 0) {
+  const Image image = source == Source::volume ? Image{2, 8, 6, 9, 72} : Image{3, 1, 9, 11, 72};
+  const int32_t first_channel = 16;
   Shared<uint16_t> x(image.count()), box(2 * kBoxElements);
-  for (int64_t i = 0; i < image.count(); ++i) x.data[i] = static_cast<uint16_t>(1 + i);
+  for (int64_t i = 0; i < image.count(); ++i) x[i] = static_cast<uint16_t>(1 + i);
   Probe probe{};
   probe.source = source;
   probe.multicast = multicast;
-  probe.box = box.data;
-  const Tensor tensor = image_tensor(image, x.data, source);
-  const Patches patches = source == Source::rows ? Patches{} : probe_patches(image, source);
+  probe.box = box.send();
+  const Tensor tensor = image_tensor(image, x.send(), source);
+  const Patches patches = source == Source::rows ? Patches{} : probe_patches(image, source, turn);
+  const int32_t tap = patches.kernel[0] * patches.kernel[1] * patches.kernel[2] - 1;
   const int64_t positions = source == Source::rows
                                 ? tensor.size[1]
                                 : image.n * patches.out_size[0] * patches.out_size[1] * patches.out_size[2];
@@ -288,8 +301,9 @@ std::string probe_copy(Source source, bool multicast) {
   probe.start[4] = at.image;
   const unsigned blocks = multicast ? 2 : 1;
   std::string wrong = launch_probe(copy_kernel, blocks, 128, kChunkBytes + 8, probe);
+  box.bring();
   for (unsigned rank = 0; wrong.empty() && rank < blocks; ++rank) {
-    wrong = compare_box(box.data + rank * kBoxElements, [&](int row, int column) -> uint16_t {
+    wrong = compare_box(box.host.data() + rank * kBoxElements, [&](int row, int column) -> uint16_t {
       const int32_t c = first_channel + column;
       if (source != Source::rows) return patch_element(image, patches, begin + row, tap, c);
       const bool inside = begin + row < positions && c < image.c;
@@ -316,12 +330,12 @@ std::string probe_wgmma() {
   Shared<uint16_t> left(kStagePositions * kTileUnits), right(kStagePositions * kTileColumns);
   Shared<float> product(kTileUnits * kTileColumns);
   for (int p = 0; p < kStagePositions; ++p) {
-    for (int i = 0; i < kTileUnits; ++i) left.data[p * kTileUnits + i] = bits_of(value_at(p, i), half);
-    for (int i = 0; i < kTileColumns; ++i) right.data[p * kTileColumns + i] = bits_of(value_at(i, p), half);
+    for (int i = 0; i < kTileUnits; ++i) left[p * kTileUnits + i] = bits_of(value_at(p, i), half);
+    for (int i = 0; i < kTileColumns; ++i) right[p * kTileColumns + i] = bits_of(value_at(i, p), half);
   }
   Probe probe{};
-  probe.product = product.data;
-  Tensor a = tensor_of(left.data, kTileUnits), b = tensor_of(right.data, kTileColumns);
+  probe.product = product.send();
+  Tensor a = tensor_of(left.send(), kTileUnits), b = tensor_of(right.send(), kTileColumns);
   add_dimension(a, kStagePositions, kTileUnits);
   add_dimension(b, kStagePositions, kTileColumns);
   const CUtensorMapDataType type = map_type(half ? DType::f16 : DType::bf16);
@@ -333,12 +347,13 @@ std::string probe_wgmma() {
   const std::string wrong = launch_probe(wgmma_kernel<half, from_registers>, 1, kWarpgroup,
                                          kResponseBytes + kInputBytes + 8, probe);
   if (!wrong.empty()) return wrong;
+  product.bring();
   for (int i = 0; i < kTileUnits * kTileColumns; ++i) {
     float expected = 0;
     for (int p = 0; p < kStagePositions; ++p)
       expected += value_at(p, i / kTileColumns) * value_at(i % kTileColumns, p);
-    if (product.data[i] != expected) {
-      return "element " + std::to_string(i) + " is " + std::to_string(product.data[i]) + ", not " +
+    if (product[i] != expected) {
+      return "element " + std::to_string(i) + " is " + std::to_string(product[i]) + ", not " +
              std::to_string(expected);
     }
   }
@@ -347,11 +362,11 @@ std::string probe_wgmma() {
 
 std::string probe_count_of(void (*kernel)(Probe), unsigned blocks, unsigned threads, int expected) {
   Shared<int> count(2);
-  count.data[0] = count.data[1] = 0;
   Probe probe{};
-  probe.count = count.data;
+  probe.count = count.send();
   const std::string wrong = launch_probe(kernel, blocks, threads, 1024, probe);
-  const int found = count.data[0] + count.data[1];
+  count.bring();
+  const int found = count[0] + count[1];
   return wrong.empty() && found != expected ? "counted " + std::to_string(found) : wrong;
 }
 
@@ -366,7 +381,10 @@ const std::vector<Named>& probes() {
       {"cp.async.bulk.tensor.2d multicast", [] { return probe_copy(Source::rows, true); }},
       {"cp.async.bulk.tensor.4d im2col", [] { return probe_copy(Source::image, false); }},
       {"cp.async.bulk.tensor.4d im2col multicast", [] { return probe_copy(Source::image, true); }},
+      {"cp.async.bulk.tensor.4d im2col, turned", [] { return probe_copy(Source::image, false, 2); }},
       {"cp.async.bulk.tensor.5d im2col", [] { return probe_copy(Source::volume, false); }},
+      {"cp.async.bulk.tensor.5d im2col, turned", [] { return probe_copy(Source::volume, false, 1); }},
+      {"cp.async.bulk.tensor.5d im2col, turned twice", [] { return probe_copy(Source::volume, false, 2); }},
       {"cp.async.bulk.tensor.5d im2col multicast", [] { return probe_copy(Source::volume, true); }},
       {"wgmma bf16, both operands in shared memory", probe_wgmma<false, false>},
       {"wgmma bf16, one operand in registers", probe_wgmma<false, true>},
