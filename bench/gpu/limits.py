@@ -1,4 +1,4 @@
-"""Stage 3: results on streams of their own, and tensors of more than 2^31 elements."""
+"""Stage 4: results on streams of their own, and tensors of more than 2^31 elements."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ TOLERANCE = 1e-2
 # Clock cycles that the producer of u is kept waiting, so that a kernel which does not wait reads zeros.
 DELAY = 50_000_000
 ROWS_AT_A_TIME = 1 << 16
+SIDE = (4096, 512, 256)  # positions, units and features on a side stream
+SMALL_SIDE = (40, 16, 8)
 DTYPE = torch.bfloat16
 
 
@@ -52,13 +54,12 @@ def run(this: Stage) -> None:
                         this.add("large", {"case": label, "error": error})
                         if not error <= TOLERANCE:
                             this.errors.append(f"{label}: off by {error:.2e} of the largest entry")
-            if this.dry:
-                this.absent(f"{backend}, streams", "a CPU has none")
-            else:
-                same = this.attempt(f"{backend}, streams", lambda: follows_its_stream(this.device))
-                this.add("streams", {"backend": backend, "ordered": same})
+            for name, make in streamed(this.device, SMALL_SIDE if this.dry else SIDE).items():
+                label = f"{backend}, {name} on a side stream"
+                same = this.attempt(label, lambda make=make: follows_its_stream(this.device, *make()))
+                this.add("streams", {"backend": backend, "operation": name, "ordered": same})
                 if same is False:
-                    this.errors.append(f"{backend}: a kernel on a side stream did not wait for what it reads")
+                    this.errors.append(f"{label} did not wait for what it reads")
 
 
 def competition_error(device: torch.device, sizes: Sizes, rule: HebbianRule) -> float:
@@ -85,20 +86,60 @@ def pair_error(device: torch.device, sizes: Sizes, rule: HebbianRule) -> float:
     return max(_relative_error(A, expected[0]), _relative_error(G, expected[1]))
 
 
-def follows_its_stream(device: torch.device) -> bool:
-    """Whether a kernel on a side stream waits for what was queued there before it."""
-    rule = RULES["k-WTA"]
-    values = torch.randn(4096, 512, dtype=DTYPE, device=device)
-    expected = ghl.functional.compete(values, rule, 1)
-    u = torch.zeros_like(values)
+Streamed = tuple[Tensor, Callable[[Tensor], Tensor]]
+
+
+def streamed(device: torch.device, size: tuple[int, int, int]) -> dict[str, Callable[[], Streamed]]:
+    """By operation: what it reads, and how it is called on a tensor with those values."""
+    P, N, D = size
+    k_winners, softmax = RULES["k-WTA"], RULES["softmax"]
+
+    def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    def pair() -> Streamed:
+        x, grad_u = randn(P, D), randn(P, N)
+        arguments = (*softmax.competition(N), "oja")
+        return randn(P, N), lambda u: torch.cat(torch.ops.ghl.linear_pair(x, u, grad_u, *arguments)[::2])
+
+    def sparse() -> Streamed:
+        competition = k_winners.competition(N)
+        lists = torch.ops.ghl.winners(randn(P, N), 1, *competition)
+        return randn(P, D), lambda x: torch.ops.ghl.linear_winner_sums(x, *lists, N, "none")[0]
+
+    def gate() -> Streamed:
+        weight, A = (randn(N, D, dtype=torch.float32) for _ in range(2))
+        moments = torch.full((1,), float(P), device=device)
+
+        def gated(G: Tensor) -> Tensor:
+            grad = G.clone()
+            torch.ops.ghl.gate_(grad, A, moments, weight, 1, "oja", "layer")
+            return grad
+
+        return randn(N, D, dtype=torch.float32), gated
+
+    return {
+        "competition": lambda: (randn(P, N), lambda u: ghl.functional.compete(u, k_winners, 1)),
+        "pair": pair,
+        "sparse": sparse,
+        "gate": gate,
+    }
+
+
+def follows_its_stream(device: torch.device, values: Tensor, run: Callable[[Tensor], Tensor]) -> bool | None:
+    """Whether a kernel on a side stream waits for what was queued there before it; None without streams."""
+    expected = run(values)
+    if device.type == "cpu":
+        return None
+    late = torch.zeros_like(values)
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         torch.cuda._sleep(DELAY)
-        u.copy_(values)
-        y = ghl.functional.compete(u, rule, 1)
+        late.copy_(values)
+        result = run(late)
     side.synchronize()
-    return torch.equal(y, expected)
+    return torch.equal(result, expected)
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:

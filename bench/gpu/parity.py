@@ -1,4 +1,4 @@
-"""Stage 2: every operation and kind of rule against the float64 reference; repeatability; CUDA graphs.
+"""Stage 3: every operation and kind of rule against the float64 reference; repeatability; CUDA graphs.
 
 The judge is the tests': err(result) <= 2 x err(plain PyTorch in float32 on the same inputs) + a floor of a
 few roundings. With inputs of 16 bits the plain computation rounds y to them too, as tensor cores need it.
@@ -19,6 +19,7 @@ from torch import Tensor
 
 import ghl_kernels as ghl
 from bench.gpu import stage
+from bench.gpu.poison import poison
 from bench.gpu.stage import KERNELS, Stage
 from ghl_kernels import reference
 from ghl_kernels._geometry import make_geometry
@@ -36,11 +37,11 @@ class Layer(NamedTuple):
     units: int
     size: tuple[int, ...] = ()
     kernel: tuple[int, ...] = ()
-    stride: int = 1
-    padding: int = 0
+    stride: int | tuple[int, ...] = 1
+    padding: int | tuple[int, ...] = 0
     dilation: int = 1
     groups: int = 1
-    layout: str = "contiguous"
+    layout: str = "contiguous"  # or "channels_last", or "mixed": x is channels_last, u and dL/du are not
 
     @property
     def options(self) -> dict[str, Any]:
@@ -86,6 +87,22 @@ SMALL = (
     Layer("conv2d", 1, 3, 8, (4, 3), (3, 3), padding=1, layout="channels_last"),
     Layer("depthwise", 1, 4, 4, (4, 3), (3, 3), padding=1, groups=4),
 )
+# Of the CUDA backend: what its kernel for sm_90 takes, in more than one stage, tile, cluster and image, and
+# the blocks for long rows.
+HOPPER = (
+    Layer("tall steps", 12, 40, 136, (40, 11), (3, 2), (2, 1), (1, 0), layout="channels_last"),
+    Layer("tall steps, u nchw", 12, 40, 136, (40, 11), (3, 2), (2, 1), (1, 0), layout="mixed"),
+    Layer("3-d", 6, 40, 136, (9, 10, 9), (3, 2, 2), (2, 1, 1), (1, 0, 1), layout="channels_last"),
+    Layer("linear 1100", 2100, 96, 1100),
+)
+SMALL_HOPPER = (
+    Layer("tall steps", 2, 40, 136, (9, 6), (3, 2), (2, 1), (1, 0), layout="channels_last"),
+    Layer("3-d", 1, 40, 136, (4, 4, 3), (3, 2, 2), (2, 1, 1), (1, 0, 1), layout="channels_last"),
+)
+TINY_HOPPER = (Layer("3-d", 1, 8, 12, (3, 3, 2), (3, 2, 2), (2, 1, 1), (1, 0, 1), layout="mixed"),)
+# Parts of the time that is left: what is not used goes to those that follow. The CUDA kernels are compiled
+# and come first; Triton's may have to wait for their compiler.
+SHARES = {"cuda": 0.4, "triton": 0.8}
 RULES = {
     "softmax": HebbianRule.ghl(),
     "softmax T": HebbianRule.ghl(0.25),
@@ -124,34 +141,35 @@ class Data(NamedTuple):
 
 
 def run(this: Stage) -> None:
-    """The kernels' sweep, their repeatability, and the other backends' sweeps."""
+    """The kernels' sweeps and their repeatability, and the other backends' sweeps."""
     # tf32 is the user's choice, and the judge's plain computation does not make it
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    backends = _backends(this)
-    for backend in backends:
-        _sweep_all(this, backend)
-        if backend not in KERNELS:
-            continue
-        with ghl.use_backend(backend):
-            for layer in this.each(SMALL if this.small else LAYERS, lambda layer: f"repeat {layer.name}", 2):
-                this.attempt(
-                    f"{backend}, repeat {layer.name}",
-                    lambda layer=layer, backend=backend: _repeat(this, backend, layer),
-                )
+    for backend in _backends(this):
+        with this.share(SHARES.get(backend, 1.0)), ghl.use_backend(backend):
+            if backend in KERNELS:
+                with this.share(0.3):
+                    _repeat_all(this, backend)
+            _sweep_all(this, backend)
 
 
 def _sweep_all(this: Stage, backend: str) -> None:
     worst: dict[str, float] = {}
-    with ghl.use_backend(backend):
-        for layer, rule, dtype in this.each(combinations(this.small), _label, least=3):
-            if backend != "cpu" or dtype != "fp16":  # which the native kernels leave to eager
-                _sweep(this, backend, layer, rule, dtype, worst)
+    for layer, rule, dtype in this.each(combinations(this, backend), _label, least=3):
+        if backend != "cpu" or dtype != "fp16":  # which the native kernels leave to eager
+            _sweep(this, backend, layer, rule, dtype, worst)
     this.add("worst", {"backend": backend, **worst})
+
+
+def _repeat_all(this: Stage, backend: str) -> None:
+    layers = SMALL[: 1 if this.dry else None] if this.small else LAYERS
+    for layer in this.each(layers, lambda layer: f"repeat {layer.name}", 2):
+        label = f"{backend}, repeat {layer.name}"
+        this.attempt(label, lambda layer=layer: _repeat(this, backend, layer))
 
 
 def _backends(this: Stage) -> list[str]:
     """Those that run on the device, the kernels first; the native CPU kernels only where they are built."""
-    names: tuple[str, ...] = KERNELS
+    names: tuple[str, ...] = tuple(SHARES)
     if this.dry:
         names += ("eager", "cpu")
     elif not this.small:  # under a memory checker only our own kernels are of interest
@@ -164,8 +182,17 @@ def _backends(this: Stage) -> list[str]:
     return [name for name in names if available[name].available or name == "triton"]
 
 
-def combinations(small: bool) -> Iterator[tuple[Layer, str, str]]:
-    """(layer, rule, dtype) of the sweep: every rule on a few layers, the main ones everywhere."""
+def combinations(this: Stage, backend: str) -> Iterator[tuple[Layer, str, str]]:
+    """(layer, rule, dtype) of the sweep of a backend."""
+    if backend == "cuda":
+        layers = TINY_HOPPER if this.dry else SMALL_HOPPER if this.small else HOPPER
+        yield from itertools.product(layers, ("kwta",) if this.small else MAIN_RULES, ("bf16",))
+        yield from itertools.product(() if this.small else layers, ("kwta",), ("fp16", "fp32"))
+    yield from _of_all(this.small)
+
+
+def _of_all(small: bool) -> Iterator[tuple[Layer, str, str]]:
+    """Every rule on a few layers, the main ones everywhere."""
     if small:
         yield from itertools.product(SMALL, MAIN_RULES, ("fp32", "bf16"))
         return
@@ -175,9 +202,9 @@ def combinations(small: bool) -> Iterator[tuple[Layer, str, str]]:
 
 
 def calls(device: torch.device, small: bool) -> Iterator[Callable[[], Any]]:
-    """Every call of the sweep, unjudged: what has to be compiled."""
-    for layer, rule, dtype in combinations(small):
-        for check in _checks(layer, RULES[rule], DTYPES[dtype], device):
+    """Every call of Triton's sweep, unjudged: what has to be compiled."""
+    for layer, rule, dtype in _of_all(small):
+        for check in _checks(layer, RULES[rule], _data(layer, DTYPES[dtype], device)):
             yield check.call
 
 
@@ -189,9 +216,15 @@ def _label(combination: tuple[Layer, str, str]) -> str:
 def _sweep(this: Stage, backend: str, layer: Layer, rule: str, dtype: str, worst: dict[str, float]) -> None:
     """All checks of one layer, rule and dtype; only what is worse than allowed gets a row of its own."""
     label = f"{backend}, {layer.name}, {rule}, {dtype}"
-    checks = this.attempt(label, lambda: _checks(layer, RULES[rule], DTYPES[dtype], this.device))
+    data = _data(layer, DTYPES[dtype], this.device)
+    # a judge on the GPU would run under the memory checker too
+    judge = torch.device("cpu") if this.small else this.device
+    checks = this.attempt(label, lambda: _checks(layer, RULES[rule], data, judge))
     for check in checks or ():
-        ratio = this.attempt(f"{label}: {check.name}", lambda check=check: check.judge(check.call()))
+        poison(this.device)
+        ratio = this.attempt(
+            f"{label}: {check.name}", lambda check=check: check.judge(_brought(check.call(), judge))
+        )
         if ratio is None:
             continue
         key = f"{check.name} {dtype}"
@@ -201,11 +234,16 @@ def _sweep(this: Stage, backend: str, layer: Layer, rule: str, dtype: str, worst
             this.add("too far", {"case": label, "operation": check.name, "error_over_allowed": ratio})
 
 
-def _data(layer: Layer, dtype: torch.dtype, device: torch.device) -> Data:
-    generator = torch.Generator(device).manual_seed(1)
+def _brought(result: Any, device: torch.device) -> Any:
+    return tuple(t.to(device) for t in result) if isinstance(result, tuple) else result.to(device)
+
+
+def _data(layer: Layer, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Data:
+    """Made on the CPU: the same numbers everywhere, and no generator that a failed capture could spoil."""
+    generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
+        return torch.randn(shape, generator=generator)
 
     x = randn(layer.batch, layer.channels, *layer.size)
     weight = randn(layer.units, layer.channels // layer.groups, *layer.kernel)
@@ -216,22 +254,27 @@ def _data(layer: Layer, dtype: torch.dtype, device: torch.device) -> Data:
         u = conv(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
     else:
         u = x @ weight.t()
-    grad_u = randn(*u.shape)
-    if layer.layout == "channels_last":
-        x, u, grad_u = (t.contiguous(memory_format=torch.channels_last) for t in (x, u, grad_u))
-    return Data(x, u, grad_u, weight).to(dtype)
+    data = Data(x, u, randn(*u.shape), weight).to(dtype)
+    if layer.layout != "contiguous":
+        last = torch.channels_last if dims == 2 else torch.channels_last_3d
+        data = data._replace(x=data.x.contiguous(memory_format=last))
+        if layer.layout == "channels_last":
+            u, grad_u = (t.contiguous(memory_format=last) for t in (data.u, data.grad_u))
+            data = data._replace(u=u, grad_u=grad_u)
+    return Data(*(tensor.to(device) for tensor in data))
 
 
-def _checks(layer: Layer, rule: HebbianRule, dtype: torch.dtype, device: torch.device) -> list[Check]:
-    data = _data(layer, dtype, device)
+def _checks(layer: Layer, rule: HebbianRule, data: Data, judge: torch.device | None = None) -> list[Check]:
+    """Every operation on the data; results are judged where the judge is, None: where they are."""
+    judged = data if judge is None else Data(*(tensor.to(judge) for tensor in data))
     kind, options = ("conv", layer.options) if layer.size else ("linear", {})
     competition = rule.competition(layer.units)
     delta = getattr(reference, f"{kind}_delta")
     # calls are also made only to be recorded: nothing is judged before it is asked for
-    judgement = functools.cache(lambda: _judge_delta(delta, data, rule, options))
+    judgement = functools.cache(lambda: _judge_delta(delta, judged, rule, options))
     pair = getattr(torch.ops.ghl, f"{kind}_pair")
     checks = [
-        Check("compete", lambda: ghl.functional.compete(data.u, rule, 1), _judge_activities(data.u, rule)),
+        Check("compete", lambda: ghl.functional.compete(data.u, rule, 1), _judge_activities(judged.u, rule)),
         Check(
             f"{kind}_delta",
             lambda: getattr(ghl.functional, f"{kind}_delta")(data.x, data.u, data.weight, rule, **options),
@@ -240,11 +283,11 @@ def _checks(layer: Layer, rule: HebbianRule, dtype: torch.dtype, device: torch.d
         Check(
             f"{kind}_pair",
             lambda: pair(data.x, data.u, data.grad_u, *layer.raw, *competition, rule.decay),
-            _judge_pair(delta, data, rule, options),
+            _judge_pair(delta, judged, rule, options),
         ),
     ]
     if competition.winners:
-        checks.append(_winners_check(layer, data, competition, delta, options))
+        checks.append(_winners_check(layer, data, judged, competition, delta))
     if rule.gate == "sign":
         arguments = (data.x, data.u, data.grad_u, data.weight, rule)
         gradient = getattr(ghl.functional, f"{kind}_weight_grad")
@@ -331,9 +374,9 @@ def _judge_pair(
 def _winners_check(
     layer: Layer,
     data: Data,
+    judged: Data,
     competition: Competition,
     delta: Callable[..., Tensor],
-    options: dict[str, Any],
 ) -> Check:
     """A from the winners' lists."""
     rule = HebbianRule(
@@ -353,32 +396,43 @@ def _winners_check(
         return sums(data.x, unit, activity, layer.units, *layer.raw, "none")[0]
 
     def judge(A: Tensor) -> float:
-        return excess(A, _judge_delta(delta, data, rule, options))
+        return excess(A, _judge_delta(delta, judged, rule, layer.options))
 
     return Check(f"{kind}_winner_sums", call, judge)
 
 
 def _repeat(this: Stage, backend: str, layer: Layer) -> None:
-    """The same bits three times, and from a CUDA graph on new data."""
+    """The same bits three times; and from a CUDA graph that finds new data in its tensors."""
     dtype = torch.bfloat16
+    data, others = (_data(layer, dtype, this.device, seed) for seed in (1, 2))
     for name in MAIN_RULES[: 1 if this.small else None]:
-        for check in _checks(layer, RULES[name], dtype, this.device):
+        for check in _checks(layer, RULES[name], data):
             results = [_flat(check.call()) for _ in range(3)]
             same = all(torch.equal(results[0], other) for other in results[1:])
-            captured = None if this.small else torch.equal(_from_graph(check.call), results[0])
+            captured = None if this.small else _replays(check.call, data, others)
             row = {"backend": backend, "case": f"{layer.name}, {name}", "operation": check.name}
             this.add("repeat", {**row, "bitwise": same, "graph_bitwise": captured})
             if not same or captured is False:
                 this.errors.append(f"{backend}, {layer.name}, {name}: {check.name} differs from run to run")
 
 
-def _from_graph(call: Callable[[], Any]) -> Tensor:
+def _replays(call: Callable[[], Any], data: Data, others: Data) -> bool:
+    """Whether a graph of the call computes with what is in the tensors when it is replayed."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = _flat(call())
+    kept = Data(*(tensor.clone() for tensor in data))
+    _overwrite(data, others)
     result.fill_(float("nan"))
     graph.replay()
-    return result
+    same = torch.equal(result, _flat(call()))
+    _overwrite(data, kept)
+    return same
+
+
+def _overwrite(data: Data, others: Data) -> None:
+    for tensor, other in zip(data, others, strict=True):
+        tensor.copy_(other)
 
 
 def _flat(result: Any) -> Tensor:
