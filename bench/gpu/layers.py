@@ -52,8 +52,12 @@ class Layer(NamedTuple):
     def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Random x, u and dL/du; u as large as a layer makes it, channels_last."""
         size = (self.size, self.size) if self.size else ()
-        x = torch.randn(self.batch, self.channels, *size, device=device)
-        u, grad_u = (torch.randn(self.batch, self.units, *size, device=device) for _ in range(2))
+        # not the default one, which a failed capture leaves unusable
+        generator = torch.Generator(device).manual_seed(0)
+        x, u, grad_u = (
+            torch.randn(self.batch, channels, *size, generator=generator, device=device)
+            for channels in (self.channels, self.units, self.units)
+        )
         layout = torch.channels_last if size else torch.contiguous_format
         return tuple(t.to(dtype).contiguous(memory_format=layout) for t in (x, u, grad_u))
 

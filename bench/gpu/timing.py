@@ -119,12 +119,14 @@ class _Replay:
         self.replays = max(1, min(200, round(_SAMPLE / max(once * sets, 1e-6))))
 
     def _capture(self, run: Callable[[int], object]) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):
                 for index in range(self.sets):
                     run(index)
-        except RuntimeError:  # it is timed call by call, and the row says so
+        except Exception:  # it is timed call by call, and the row says so
+            # ending a capture that failed raises again, before the stream of the capture is left
+            torch.cuda.set_stream(stream)
             torch.cuda.synchronize()
             return
         self.captured, self.replay = True, graph.replay
