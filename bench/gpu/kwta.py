@@ -1,4 +1,4 @@
-"""Stage 5: k-winner-take-all against the four ways to write it and against the bandwidth of a plain copy."""
+"""Stage 6: k-winner-take-all against the four ways to write it and against the bandwidth of a plain copy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from torch import Tensor
 
 import ghl_kernels as ghl
 from bench.baselines import selection, topk
-from bench.gpu import ceilings, stage
+from bench.gpu import ceilings, shapes, stage
+from bench.gpu.poison import poison
 from bench.gpu.stage import Stage, available_kernels
-from bench.gpu.timing import l2_bytes, sets_for, time_all, within
+from bench.gpu.timing import Timed, l2_bytes, sets_for, time_all, within
+from ghl_kernels.backends.triton import measured
 from ghl_kernels.rule import Competition
 
+# By the name in the table: the functions whose time it is, nearly so for the state that a pair needs.
+FUNCTIONS = {"y": ("activities",), "state": ("state", "full_state"), "lists": ("winner_lists",)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -31,8 +35,10 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         return f"{'x'.join(map(str, self.shape))} {self.layout} k={self.winners} {self.dtype}"
 
-    def responses(self, device: torch.device) -> Tensor:
-        u = torch.randn(self.shape, device=device).to(DTYPES[self.dtype])
+    def responses(self, device: torch.device, seed: int = 0) -> Tensor:
+        # not the default generator, which a failed capture leaves unusable
+        generator = torch.Generator(device).manual_seed(seed)
+        u = torch.randn(self.shape, generator=generator, device=device).to(DTYPES[self.dtype])
         return u.to(memory_format=torch.channels_last) if self.layout == "nhwc" else u
 
 
@@ -87,28 +93,45 @@ def _measure(this: Stage, case: Case, limits: dict[str, float], backends: Sequen
     size = one.numel() * one.element_size()
     # u is read and y is written: both take room in the cache
     sets = sets_for(2 * size, l2_bytes(this.device))
-    u = [one, *(case.responses(this.device) for _ in range(sets - 1))]
+    u = [one, *(case.responses(this.device, seed) for seed in range(1, sets))]
     expected = _reference(one, competition)
     candidates: dict[str, Callable[[int], object]] = {}
     for backend in backends:
         operations = {
             f"{backend} {what}": _on(backend, run) for what, run in _operations(u, competition).items()
         }
+        poison(this.device)
         if torch.equal(operations[f"{backend} y"](0), expected):
             candidates |= operations
         else:
             this.errors.append(f"{case}: the winners of {backend} are not those of the reference")
     candidates |= _rivals(u, case.winners)
     timed = time_all(candidates, sets=sets, device=this.device)
+    shapes.enter(this, _faster(case, timed))
     rival = timed["B7c"].seconds
     for what, sample in timed.items():
-        row = {"case": str(case), "what": what, **sample.row()}
+        row = {"case": str(case), "layout": case.layout, "what": what, **sample.row()}
         if sample.seconds is not None:
             writes_y = not what.endswith((" state", " lists"))
             floor = ceilings.floor_seconds(limits, case.dtype, 2 * size if writes_y else size, 0)
             row["of_copy_bandwidth"] = floor / sample.seconds.median if floor else None
             row["times_faster_than_topk"] = rival.median / sample.seconds.median if rival else None
         this.add("kwta", row)
+
+
+def _faster(case: Case, timed: dict[str, Timed]) -> dict[str, bool]:
+    """Whether the CUDA backend's kernel beats Triton's, for the functions that an operation calls."""
+    found = {}
+    for what, functions in FUNCTIONS.items():
+        seconds = [timed[name].seconds for name in (f"cuda {what}", f"triton {what}") if name in timed]
+        if len(seconds) < 2 or None in seconds:
+            continue
+        cuda, triton = (spread.median for spread in seconds if spread is not None)
+        for function in functions:
+            itemsize, rows = DTYPES[case.dtype].itemsize, case.layout != "nchw"
+            key = measured.competition_key(function, case.shape[1], itemsize, rows=rows)
+            found[f"{key}:cuda"] = cuda < triton
+    return found
 
 
 def _rivals(u: list[Tensor], k: int) -> dict[str, Callable[[int], object]]:
