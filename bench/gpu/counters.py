@@ -1,4 +1,4 @@
-"""Stage 9: what the hardware counts while our kernels run, by Nsight Compute where it works.
+"""Stage 10: what the hardware counts while our kernels run, by Nsight Compute where it works.
 
 ``--target`` is the program that it watches. The clocks are left as they are (``--clock-control none``).
 """

@@ -1,15 +1,16 @@
-"""Stage 6: the races of bench/races, this package's backends beside every baseline, in bfloat16.
+"""Stage 8: the races of bench/races, this package's backends beside every baseline, in bfloat16.
 
-Each contender is compared with the float64 reference before it is timed. Rows are bench.report.Row's JSON, in
-a section for each class of arithmetic intensity (bench/intensity.py); "means" has the geometric mean of each.
-The suites take turns, so that a stage which runs out of time has the first shapes of all of them.
+Each contender is compared with the float64 reference before it is timed. "ghl auto" is what runs where
+nothing is chosen; section "auto" has its time over that of the fastest backend. Rows are bench.report.Row's
+JSON, in a section for each class of arithmetic intensity (bench/intensity.py); "means" has the geometric mean
+of each. The suites take turns, so that a stage which runs out of time has the first shapes of all of them.
 ``--warm I N`` only compiles the compiled rivals of every N-th race from the I-th on.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -46,6 +47,7 @@ _TOYS = {
 
 def run(this: Stage) -> None:
     """Every race while there is time, then the means."""
+    torch.backends.cudnn.benchmark = True  # or the rivals would run by a guess
     limits = ceilings.load_or_measure(this)
     this.add("ceilings", limits)
     options = race.Options(
@@ -57,7 +59,7 @@ def run(this: Stage) -> None:
     )
     rows: list[Row] = []
     with _shapes(this.dry):
-        for one in this.each(entered(options.target), _label, least=5):
+        for one in this.each(map(_with_auto, entered(options.target)), _label, least=5):
             found = this.attempt(_label(one), lambda one=one: race.measure(one, options, limits)) or []
             _record(this, found)
             rows += found
@@ -75,6 +77,24 @@ def entered(target: Target) -> Iterator[Race]:
         yield from (one for one in group if one is not None)
 
 
+def _with_auto(one: Race) -> Race:
+    """The race with one more contender where its form is the default's: the backend that auto chooses."""
+    first = next((c for c in one.contenders if c.backend == "triton" and c.auto), None)
+    if first is None:
+        return one
+    others = [dataclasses.replace(contender, auto=False) for contender in one.contenders]
+    name = first.name.replace("triton", "auto")
+    auto = dataclasses.replace(first, name=name, backend="auto", absent="")
+    return dataclasses.replace(one, contenders=[*others, auto])
+
+
+def _of_best(rows: list[Row]) -> float | None:
+    """auto's time over that of the fastest other backend; None where either was not timed."""
+    timed = [row for row in rows if row.is_ours and row.seconds is not None]
+    autos, others = ([intensity.seconds(row) for row in timed if row.auto is auto] for auto in (True, False))
+    return min(autos) / min(others) if autos and others else None
+
+
 def calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
     """What Triton has to compile."""
     with _shapes(dry):
@@ -87,9 +107,7 @@ def calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
 
 def warm(out: pathlib.Path, index: int, count: int) -> int:
     """Run every ``count``-th race's compiled rivals once, so that their code is in Inductor's cache."""
-    this = Stage(
-        f"warm-races-{index}", argparse.Namespace(out=out, dry_run=False, small=False, seconds=120.0)
-    )
+    this = Stage(f"warm-races-{index}", stage.Options(out))
     compiled = [
         (one, contender)
         for one in entered(_target(this.device, this.dry))
@@ -117,6 +135,8 @@ def _record(this: Stage, rows: list[Row]) -> None:
             this.errors.append(f"{row.suite}, {row.case}, {row.name}: {row.error}")
     for name in dict.fromkeys(map(intensity.class_of, rows)):
         this.add(name, *(row.to_json() for row in rows if intensity.class_of(row) == name))
+    if (of_best := _of_best(rows)) is not None:
+        this.add("auto", {"suite": rows[0].suite, "case": rows[0].case, "of_best": of_best})
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Stage 8: bench/scaling.py and bench/overhead.py on a GPU; rows in the JSON of bench.report.Row.
+"""Stage 9: bench/scaling.py and bench/overhead.py on a GPU; rows in the JSON of bench.report.Row.
 
 ``--warm`` only compiles what the overhead of compiled calls is measured with.
 """
@@ -63,7 +63,7 @@ def calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
 
 def warm(out: pathlib.Path) -> int:
     """Measure the overhead once, coarsely: its compiled layers are in Inductor's cache then."""
-    this = Stage("warm-overhead", argparse.Namespace(out=out, dry_run=False, small=False, seconds=120.0))
+    this = Stage("warm-overhead", stage.Options(out))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     this.attempt("overhead", lambda: overhead.overhead_rows(_options(this, rounds=1), Silent()))
     return this.finish()

@@ -1,12 +1,14 @@
 """Stage 7: whole training steps and local passes, bfloat16 autocast and channels_last; time and peak memory.
 
 A step is what a user runs: forward, cross-entropy, backward, SGD, launched one by one and not captured.
+What has a bar comes first, timed in turn and on disk network by network; then every other method on every
+network, each in turn with the baseline that it is quoted against.
+
 ``--warm MODEL`` only compiles what the stage will load from Inductor's and Triton's caches.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -77,6 +79,12 @@ METHODS = (
 )
 
 
+# The networks whose compiled steps have a bar, and those steps.
+BARRED = tuple(name for name, network in NETWORKS.items() if network.bar is not None)
+_DRY = frozenset({BACKPROP, "GHL winners=0.004", "learn_ softmax", training.AUTHORS.name})
+FIRST = frozenset({COMPILED, "GHL softmax, compiled", "GHL winners=0.004, compiled"})
+
+
 class Step(NamedTuple):
     """A method made ready: ``run`` is one step of ``model``."""
 
@@ -85,30 +93,80 @@ class Step(NamedTuple):
 
 
 def run(this: Stage) -> None:
-    """Every method on every network, time by interleaved rounds, memory of one step alone."""
+    """Time by interleaved rounds, memory of one step alone."""
     torch.backends.cudnn.benchmark = True
-    for name in this.each(NETWORKS, str, least=20):
-        with _backend(this, name):
-            _network(this, name)
-        if not this.dry:
-            torch.cuda.empty_cache()
+    for name in this.each(BARRED, lambda name: f"{name}, the steps with a bar", least=20):
+        with _network(this, name):
+            made = _all_made(this, name, [m for m in _methods(name, this.dry) if m.name in FIRST])
+            _measure(this, name, made, made)
+    for name in this.each(NETWORKS, str, least=10):
+        with _network(this, name):
+            _measure_others(this, name)
 
 
-def _network(this: Stage, name: str) -> None:
-    ready, memory = {}, {}
+@contextlib.contextmanager
+def _network(this: Stage, name: str) -> Iterator[None]:
+    """The kernels under test; in a dry run only the smallest network can afford the interpreter."""
     torch._dynamo.reset()
-    for method in this.each(_methods(name, this.dry), lambda method: f"{name}, {method.name}", least=10):
+    with ghl.use_backend("triton" if this.dry and name == DRY_NETWORK else "auto"):
+        yield
+    if not this.dry:
+        torch.cuda.empty_cache()
+
+
+class Made(NamedTuple):
+    """A method made ready, and the memory of a step."""
+
+    method: Method
+    step: Step
+    peak: int | None
+
+
+def _measure(this: Stage, name: str, made: list[Made], shown: list[Made]) -> None:
+    """Time them in turn; a row for each of those that are shown."""
+    timed = time_all(
+        {one.method.name: one.step.run for one in made},
+        sets=1,
+        device=this.device,
+        rounds=ROUNDS,
+        capture=False,
+    )
+    times = {method: sample.row() for method, sample in timed.items()}
+    peaks = {one.method.name: one.peak for one in made}
+    for one in shown:
+        this.add("steps", _row(this, name, one.method, times, peaks))
+
+
+def _measure_others(this: Stage, name: str) -> None:
+    """Each of the methods that are not among the first on their own beside its baseline."""
+    methods = {method.name: method for method in _methods(name, this.dry)}
+    done = FIRST if name in BARRED else frozenset[str]()
+    for against in (BACKPROP, COMPILED):
+        others = [m for m in methods.values() if _against(m) == against and m.name not in {*done, against}]
+        if against not in methods or (against in done and not others):
+            continue
+        base = _all_made(this, name, [methods[against]])
+        if base and against not in done:
+            _measure(this, name, base, base)
+        for method in this.each(others, lambda method: f"{name}, {method.name}", least=6):
+            made = _all_made(this, name, [method])
+            _measure(this, name, [*base, *made], made)
+
+
+def _all_made(this: Stage, name: str, methods: list[Method]) -> list[Made]:
+    """Those of the methods that run here."""
+    found = []
+    for method in methods:
         label = f"{name}, {method.name}"
         step = this.attempt(label, lambda method=method: _ready(this.device, this.dry, name, method))
         if step is not None:
-            ready[method.name] = step
-            memory[method.name] = this.attempt(f"{label}: memory", lambda step=step: _peak(this, step))
-    candidates = {method: step.run for method, step in ready.items()}
-    timed = time_all(candidates, sets=1, device=this.device, rounds=ROUNDS, capture=False)
-    rows = {method: sample.row() for method, sample in timed.items()}
-    for method in _methods(name, this.dry):
-        if method.name in rows:
-            this.add("steps", _row(this, name, method, rows, memory))
+            peak = this.attempt(f"{label}: memory", lambda step=step: _peak(this, step))
+            found.append(Made(method, step, peak))
+    return found
+
+
+def _against(method: Method) -> str:
+    return COMPILED if method.compiled else BACKPROP
 
 
 def calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
@@ -121,12 +179,9 @@ def calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
 
 
 def _methods(network: str, dry: bool = False) -> list[Method]:
-    """All that can train it; a dry run compiles the network that the interpreter runs, and no other."""
-    return [
-        method
-        for method in METHODS
-        if method.trains(network) and not (dry and method.compiled and network != DRY_NETWORK)
-    ]
+    """All that can train it; in a dry run a few where the interpreter does not run."""
+    few = dry and network != DRY_NETWORK
+    return [method for method in METHODS if method.trains(network) and (not few or method.name in _DRY)]
 
 
 def _row(
@@ -139,7 +194,7 @@ def _row(
     """One line of the table: time and peak memory, and both as multiples of the baseline's."""
     network = NETWORKS[name]
     batch = 2 if this.dry else network.batch
-    against = COMPILED if method.compiled else BACKPROP
+    against = _against(method)
     own, base = rows[method.name], rows.get(against, {})
     peak, base_peak = memory.get(method.name), memory.get(against)
     return {
@@ -181,13 +236,6 @@ def _ready(device: torch.device, dry: bool, name: str, method: Method) -> Step:
     return Step(model, step)
 
 
-@contextlib.contextmanager
-def _backend(this: Stage, network: str) -> Iterator[None]:
-    """The kernels under test; in a dry run only the smallest network can afford the interpreter."""
-    with ghl.use_backend("triton" if this.dry and network == DRY_NETWORK else "auto"):
-        yield
-
-
 def _peak(this: Stage, step: Step) -> int | None:
     """Most bytes allocated during one step beyond weights, buffers and momenta; None on a CPU."""
     if this.dry:
@@ -202,10 +250,8 @@ def _peak(this: Stage, step: Step) -> int | None:
 
 def warm(out: pathlib.Path, name: str) -> int:
     """Run every compiled method of a network once, so that its code is in the caches."""
-    options = argparse.Namespace(out=out, dry_run=False, small=False, seconds=120.0)
-    this = Stage(f"warm-{name}", options)
-    torch.backends.cudnn.benchmark = False
-    for method in this.each([m for m in _methods(name) if m.compiled], lambda m: m.name, least=5):
+    this = Stage(f"warm-{name}", stage.Options(out))
+    for method in this.each([m for m in METHODS if m.name in FIRST], lambda m: m.name, least=5):
         this.attempt(
             f"{name}, {method.name}",
             lambda method=method: _ready(this.device, this.dry, name, method),
