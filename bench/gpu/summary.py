@@ -1,20 +1,39 @@
-"""From the stages' documents: one table in plain text, figures where matplotlib is, one archive."""
+"""From the stages' documents: one table in plain text, the verdict last, and figures where matplotlib is.
+
+Documents may be of any state, of a stage that crashed or of another version: a part that cannot be made says
+so in its place and costs no other.
+"""
 
 from __future__ import annotations
 
 import argparse
-import math
+import functools
 import pathlib
 import sys
-import tarfile
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench import intensity
 from bench.gpu.stage import DRY_RUN, read_json
+from bench.gpu.verdicts import MOST_LOST, verdicts
 from bench.report import Row, duration
 
-STAGES = ("environment", "parity", "limits", "pair", "kwta", "races", "steps", "scaling", "counters")
+STAGES = (
+    "warm",
+    "environment",
+    "forms",
+    "parity",
+    "limits",
+    "pair",
+    "kwta",
+    "steps",
+    "races",
+    "scaling",
+    "counters",
+    "tests",
+)
+_SHOWN = 3  # of what was not done, and of a stage's errors
 COUNTERS = {
     "gpu__time_duration.sum": "time",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM",
@@ -37,10 +56,29 @@ def as_text(documents: dict[str, Document]) -> str:
             continue
         state = "" if document["complete"] else ", INCOMPLETE"
         parts.append(f"== {name}: {document['measured_on']}, {document['seconds']} s{state}")
-        parts.append(_SECTIONS[name](document["results"]))
-        parts += [f"ERROR {error}" for error in document["errors"]]
-        parts += [f"not done: {what}" for what in document["not_done"]]
+        parts.append(_guarded(name, _SECTIONS[name], document["results"]))
+        parts += _some("ERROR", document["errors"])
+        parts += _some("not done:", document["not_done"])
+    parts += ["== verdict", _guarded("verdict", _verdict, documents)]
     return "\n".join(part for part in parts if part) + "\n"
+
+
+def _guarded(what: str, make: Callable[[Any], str], of: Any) -> str:
+    try:
+        return make(of)
+    except Exception as error:  # whatever a document lacks
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"({what} cannot be shown: {type(error).__name__}: {error}, line {last.lineno})"
+
+
+def _some(word: str, lines: Sequence[str]) -> list[str]:
+    more = [f"{word} and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return [f"{word} {line}" for line in lines[:_SHOWN]] + more
+
+
+def _verdict(documents: dict[str, Document]) -> str:
+    rows = [(v.what, v.value, str(v.bar), v.word) for v in verdicts(documents)]
+    return columns(("bar", "measured", "wanted", ""), rows)
 
 
 def columns(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -75,8 +113,36 @@ def _environment(results: Document) -> str:
     ]
     ceilings = results.get("ceilings", [{}])[0]
     lines += [f"ceiling {name}: {value / 1e12:.4g} T/s" for name, value in ceilings.items()]
-    probes = [(row["probe"], row["works"], row["error"]) for row in results.get("probes", [])]
+    probes = [
+        (row["probe"], row["works"], row.get("problem") or row.get("error"))
+        for row in results.get("probes", [])
+        if not row["works"]
+    ]
+    lines.append(f"{len(results.get('probes', [])) - len(probes)} probes work")
     return "\n".join([*lines, columns(("probe", "works", "error"), probes)])
+
+
+def _warm(results: Document) -> str:
+    return "\n".join(
+        f"{name}: {_cell(value)}" for row in results.get("kernels", []) for name, value in row.items()
+    )
+
+
+def _forms(results: Document) -> str:
+    """Of every form the cases, and the worst error as a multiple of what is allowed."""
+    rows = results.get("forms", [])
+    worst = [
+        (form, sum(row["form"] == form for row in rows), *(_largest(rows, form, sum_) for sum_ in ("A", "G")))
+        for form in dict.fromkeys(row["form"] for row in rows)
+    ]
+    broken = [f"BROKEN: {row['form']}" for row in results.get("broken", [])]
+    return "\n".join([columns(("form", "cases", "A: error / allowed", "G: error / allowed"), worst), *broken])
+
+
+def _largest(rows: Sequence[Document], form: str, name: str) -> float | str | None:
+    values = [row[name] for row in rows if row["form"] == form and name in row]
+    strange = next((value for value in values if isinstance(value, str)), None)
+    return strange or max(values, default=None)
 
 
 def _parity(results: Document) -> str:
@@ -105,30 +171,13 @@ def _table(section: str, *fields: str) -> Callable[[Document], str]:
 
 
 def _pair(results: Document) -> str:
-    fields = (
-        "layer",
-        "rule",
-        "what",
-        "us",
-        "us_p20",
-        "us_p80",
-        "tflops",
-        "of_floor",
-        "times_faster",
-        "problem",
-    )
-    faster = [
-        row["times_faster"]
-        for row in results.get("pair", [])
-        if row["what"] == "configured" and row.get("times_faster")
+    fields = ("layer", "rule", "what", "us", "us_p20", "us_p80", "tflops", "of_floor", "times_faster")
+    fields += ("of_best", "problem")
+    tables = [
+        f"{title}:\n{_table(name, *fields)(results)}"
+        for name, title in (("pair", "A and G"), ("sums", "A alone"))
     ]
-    mean = math.exp(sum(map(math.log, faster)) / len(faster)) if faster else None
-    return "\n".join(
-        [
-            _table("pair", *fields)(results),
-            f"configured against the fastest rival, geometric mean: {_cell(mean)} times faster",
-        ]
-    )
+    return "\n".join(tables)
 
 
 def rows_of(results: Document, *sections: str) -> list[Row]:
@@ -143,7 +192,8 @@ def _races(results: Document) -> str:
     for name in classes:
         rows = rows_of(results, name)
         for case in intensity.by_case(rows):
-            ours = intensity.fastest(row for row in case if row.is_ours)
+            timed = (row for row in case if row.is_ours and row.seconds)
+            ours = min(timed, key=intensity.seconds, default=None)
             if ours is None:
                 lines.append((name, case[0].suite, case[0].case, "failed", None, None, ""))
                 continue
@@ -162,7 +212,12 @@ def _races(results: Document) -> str:
         for row in results.get("means", [])
     ]
     headings = ("FLOP/byte", "suite", "case", "our fastest", "us", "time / floor", "times faster than")
-    return "\n".join([columns(headings, lines), *means, *untimed])
+    lost = [
+        f"auto takes {row['of_best']:.3g} times as long as the best: {row['suite']}, {row['case']}"
+        for row in results.get("auto", [])
+        if not MOST_LOST.met_by(row["of_best"])
+    ]
+    return "\n".join([columns(headings, lines), *means, *lost, *untimed])
 
 
 def _scaling(results: Document) -> str:
@@ -192,10 +247,15 @@ def _counters(results: Document) -> str:
 
 
 _SECTIONS: dict[str, Callable[[Document], str]] = {
+    "warm": _warm,
     "environment": _environment,
+    "forms": _forms,
     "parity": _parity,
     "limits": lambda results: "\n".join(
-        (_table("large", "case", "error")(results), _table("streams", "backend", "ordered")(results))
+        (
+            _table("large", "case", "error")(results),
+            _table("streams", "backend", "operation", "ordered")(results),
+        )
     ),
     "pair": _pair,
     "kwta": _table(
@@ -225,43 +285,62 @@ _SECTIONS: dict[str, Callable[[Document], str]] = {
     "races": _races,
     "scaling": _scaling,
     "counters": _counters,
+    "tests": _table("tests", "test", "outcome"),
 }
 
 
 def figures(documents: dict[str, Document], out: pathlib.Path) -> str:
-    """Write one bar chart a stage; "" or why there are none."""
+    """Write the figures; "" or why there are none, or not all."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
-        from matplotlib import pyplot
     except ImportError:
-        return "no figures: matplotlib is not installed"
-    for stage, label, value, title in (
-        ("pair", ("layer", "what"), "of_floor", "share of the floor reached (1 is the floor)"),
-        ("kwta", ("case", "what"), "of_copy_bandwidth", "share of the copy bandwidth"),
-        ("steps", ("network", "method"), "ratio", "time as a multiple of backprop's"),
-    ):
-        document = documents.get(stage, {"results": {}, "dry_run": False})
-        rows = [row for row in document["results"].get(stage, []) if isinstance(row.get(value), float)]
-        if not rows:
-            continue
-        figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.22 * len(rows)))
-        axes.barh(
-            [", ".join(str(row[field]) for field in label) for row in rows], [row[value] for row in rows]
-        )
-        axes.invert_yaxis()
-        axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set_title(f"{DRY_RUN if document['dry_run'] else document['measured_on']}: {title}", fontsize=9)
-        axes.tick_params(labelsize=7)
-        figure.tight_layout()
-        figure.savefig(out / f"{stage}.png", dpi=110)
-        pyplot.close(figure)
-    _row_figures(documents, out)
+        return "no figures: matplotlib is not installed\n"
+    charts: list[tuple[str, Callable[[Any], str]]] = [
+        (stage, functools.partial(_chart, stage=stage, label=label, value=value, title=title, out=out))
+        for stage, label, value, title in _CHARTS
+    ]
+    charts.append(("figures of rows", functools.partial(_row_figures, out=out)))
+    said = [_guarded(name, draw, documents) for name, draw in charts]
+    return "".join(f"{line}\n" for line in said if line)
+
+
+_CHARTS = (
+    ("pair", ("layer", "what"), "of_floor", "share of the floor reached (1 is the floor)"),
+    ("kwta", ("case", "what"), "of_copy_bandwidth", "share of the copy bandwidth"),
+    ("steps", ("network", "method"), "ratio", "time as a multiple of backprop's"),
+)
+
+
+def _chart(
+    documents: dict[str, Document],
+    stage: str,
+    label: Sequence[str],
+    value: str,
+    title: str,
+    out: pathlib.Path,
+) -> str:
+    """One bar for every row of a stage."""
+    from matplotlib import pyplot
+
+    document = documents.get(stage, {"results": {}, "dry_run": False})
+    rows = [row for row in document["results"].get(stage, []) if isinstance(row.get(value), float)]
+    if not rows:
+        return ""
+    figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.22 * len(rows)))
+    axes.barh([", ".join(str(row[field]) for field in label) for row in rows], [row[value] for row in rows])
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_title(f"{DRY_RUN if document['dry_run'] else document['measured_on']}: {title}", fontsize=9)
+    axes.tick_params(labelsize=7)
+    figure.tight_layout()
+    figure.savefig(out / f"{stage}.png", dpi=110)
+    pyplot.close(figure)
     return ""
 
 
-def _row_figures(documents: dict[str, Document], out: pathlib.Path) -> None:
+def _row_figures(documents: dict[str, Document], out: pathlib.Path) -> str:
     """Those of the benchmark's command: speed against each peer and roofline, growth and crossovers."""
     from bench import figures as command_figures
     from bench import scaling
@@ -274,22 +353,20 @@ def _row_figures(documents: dict[str, Document], out: pathlib.Path) -> None:
         command_figures.write_all(rows, limits, out / "races")
     if scaling.series(grown):
         scaling.figure(grown, out / "scaling.png")
+    return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write table.txt, the figures and the archive, and print the table."""
+    """Write table.txt, before figures are tried, and the figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.summary")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     out: pathlib.Path = parser.parse_args(arguments).out
     found = {name: read_json(out / f"{name}.json") for name in STAGES}
     documents = {name: document for name, document in found.items() if document is not None}
-    text = as_text(documents) + figures(documents, out)
-    (out / "table.txt").write_text(text)
-    archive = out / "gpu_check.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        for path in sorted(out.iterdir()):
-            if path != archive:
-                tar.add(path, arcname=f"gpu_check/{path.name}")
+    table, text = out / "table.txt", as_text(documents)
+    table.write_text(text)
+    if said := figures(documents, out):
+        table.write_text(said + text)
     print(text)
     return 0
 
