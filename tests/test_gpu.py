@@ -1,4 +1,4 @@
-"""The kernels on a GPU, where there is one: the parity stage of tools/gpu_check, compiled."""
+"""The kernels on a GPU, where there is one: two stages of tools/gpu_check on small shapes, compiled."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("stage", ["environment", "parity"])
+@pytest.mark.parametrize("stage", ["forms", "parity"])
 def test_on_a_gpu(tmp_path: pathlib.Path, stage: str) -> None:
     """A process of its own: this one has Triton as an interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "tools" / "gpu_check", "--out", tmp_path, "--only", stage]
+    paths = [*environment.get("PYTHONPATH", "").split(os.pathsep), str(ROOT), str(ROOT / "tests")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-m", f"bench.gpu.{stage}", "--out", tmp_path, "--small", "--seconds", "300"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / f"{stage}.json").read_text())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import oracle
@@ -16,12 +18,22 @@ from torch import Tensor, nn
 
 import ghl_kernels as ghl
 
+Step = Callable[[tuple[Tensor, ...]], None]
+StepOf = Callable[[nn.Module], Step]
+
 WARM_UP = 3
 REPLAYS = 4
 OPTIMIZERS: dict[str, OptimizerOf] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, capturable=True),
     "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=0.01, capturable=True, fused=True),
+}
+# As GHLSGD and torch.optim.SGD both take them.
+MOMENTA: dict[str, dict[str, Any]] = {
+    "plain": {"lr": 0.05},
+    "momentum": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
+    "damped": {"lr": 0.05, "momentum": 0.9, "dampening": 0.1},
+    "nesterov": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
 }
 
 
@@ -79,10 +91,35 @@ def capture() -> None:
     for dtype in (torch.float32, torch.float64):
         for name, optimizer_of in OPTIMIZERS.items():
             for gate_at in PASSES:
-                _capture(gate_at, optimizer_of, dtype, f"{gate_at}, {name}, {dtype}")
+                step_of = functools.partial(_step_of, optimizer_of=optimizer_of, gate_at=gate_at)
+                _capture(gate_at, step_of, step_of, dtype, f"{gate_at}, {name}, {dtype}")
 
 
-def _capture(gate_at: str, optimizer_of: OptimizerOf, dtype: torch.dtype, what: str) -> None:
+def fused_step() -> None:
+    """GHLSGD beside SGD under a StepGate, step by step."""
+    for name, options in MOMENTA.items():
+        torch.manual_seed(0)
+        model = ghl.convert(small_network().cuda(), RULE, gate_at="step")
+        twin = copy.deepcopy(model)
+        step, gated = _fused_step_of(model, options), _gated_step_of(twin, options)
+        for seed in range(REPLAYS):
+            for x, target in small_batches(8, dtype=torch.float32, seed=seed):
+                step((x.cuda(), target.cuda()))
+                gated((x.cuda(), target.cuda()))
+        _assert_same(model, twin, f"GHLSGD, {name}")
+
+
+def captured_fused_step() -> None:
+    """A step of GHLSGD in a CUDA graph, replayed on other data; SGD's under a StepGate, run eagerly."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    for name, options in MOMENTA.items():
+        fused = functools.partial(_fused_step_of, options=options)
+        gated = functools.partial(_gated_step_of, options=options)
+        _capture("step", fused, gated, torch.float32, f"GHLSGD, {name}")
+
+
+def _capture(gate_at: str, step_of: StepOf, eager_of: StepOf, dtype: torch.dtype, what: str) -> None:
     torch.manual_seed(0)
     model = ghl.convert(small_network().to("cuda", dtype), RULE, gate_at=gate_at)
     twin = copy.deepcopy(model)
@@ -91,11 +128,11 @@ def _capture(gate_at: str, optimizer_of: OptimizerOf, dtype: torch.dtype, what: 
         for seed in range(WARM_UP + REPLAYS)
         for x, target in small_batches(8, dtype=dtype, seed=seed)
     ]
-    eager = _step_of(twin, optimizer_of, gate_at)
+    eager = eager_of(twin)
     for batch in batches:
         eager(batch)
     static = tuple(t.clone() for t in batches[0])
-    step = _step_of(model, optimizer_of, gate_at)
+    step = step_of(model)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -109,21 +146,33 @@ def _capture(gate_at: str, optimizer_of: OptimizerOf, dtype: torch.dtype, what: 
     for batch in batches[WARM_UP:]:
         _fill(static, batch)
         graph.replay()
-    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, msg=lambda text, name=name: f"{what}: {name}: {text}")
+    _assert_same(model, twin, what)
     step(batches[0])  # and eager steps go on from there
     eager(batches[0])
-    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, msg=lambda text: f"{what}, afterwards: {text}")
+    _assert_same(model, twin, f"{what}, afterwards")
 
 
-def _step_of(
-    model: nn.Module, optimizer_of: OptimizerOf, gate_at: str
-) -> Callable[[tuple[Tensor, ...]], None]:
+def _assert_same(model: nn.Module, twin: nn.Module, what: str) -> None:
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=lambda text, name=name: f"{what}: {name}: {text}")
+
+
+def _step_of(model: nn.Module, optimizer_of: OptimizerOf, gate_at: str) -> Step:
     optimizer = optimizer_of(model.parameters())
     if gate_at == "step":
         ghl.StepGate(optimizer, model)
+    return _stepping(model, optimizer)
 
+
+def _gated_step_of(model: nn.Module, options: dict[str, Any]) -> Step:
+    return _step_of(model, lambda parameters: torch.optim.SGD(parameters, **options), "step")
+
+
+def _fused_step_of(model: nn.Module, options: dict[str, Any]) -> Step:
+    return _stepping(model, ghl.GHLSGD(model, **options))
+
+
+def _stepping(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     def step(batch: tuple[Tensor, ...]) -> None:
         optimizer.zero_grad()
         summed_loss(model, (batch[0], batch[1])).backward()
@@ -141,6 +190,8 @@ JOBS: dict[str, Callable[[], None]] = {
     "low precision": low_precision,
     "fused with GradScaler": fused_with_grad_scaler,
     "capture": capture,
+    "fused step": fused_step,
+    "captured fused step": captured_fused_step,
 }
 
 if __name__ == "__main__":
