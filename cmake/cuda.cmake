@@ -2,7 +2,10 @@
 # A family is csrc/cuda/<family>*.cu and python/cuda/<family>.cpp, which registers what it defines.
 set(GHL_CUDA_FAMILIES compete pair depthwise sparse epilogue CACHE STRING "Families of kernels to build")
 
-set(kernels "")
+option(GHL_DEBUG_WAITS "Hopper's kernels give up a wait after five seconds and say which" OFF)
+option(GHL_WARNINGS_AS_ERRORS "Fail where a compiler of the kernels warns" OFF)
+
+set(kernels csrc/cuda/check_device.cu)
 set(bindings python/cuda/module.cpp)
 foreach(family IN LISTS GHL_CUDA_FAMILIES)
   file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/${family}*.cu)
@@ -38,7 +41,13 @@ else()
   # apart from the bindings, so that pybind11 in another folder does not compile the kernels again
   add_library(cuda_kernels OBJECT ${kernels})
   target_include_directories(cuda_kernels PRIVATE csrc csrc/include)
-  target_compile_options(cuda_kernels PRIVATE -Werror=all-warnings -Xcompiler=-Wall -Xfatbin=-compress-all)
+  target_compile_options(cuda_kernels PRIVATE -Xcompiler=-Wall -Xfatbin=-compress-all)
+  if(GHL_WARNINGS_AS_ERRORS)
+    target_compile_options(cuda_kernels PRIVATE -Werror=all-warnings)
+  endif()
+  if(GHL_DEBUG_WAITS)
+    target_compile_definitions(cuda_kernels PRIVATE GHL_DEBUG_WAITS)
+  endif()
   set_target_properties(cuda_kernels PROPERTIES CUDA_VISIBILITY_PRESET hidden)
   pybind11_add_module(_cuda MODULE NO_EXTRAS ${bindings})
   target_include_directories(_cuda PRIVATE csrc csrc/include python)

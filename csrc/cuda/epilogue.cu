@@ -194,8 +194,19 @@ Layer planned(const ForeachLayer& given, int64_t first_row) {
   return layer;
 }
 
+// "gate_ of [64, 576], [10, 64]"
+std::string describe(const char* name, const Batch& batch) {
+  std::string what = name;
+  for (int i = 0; i < batch.count; ++i) {
+    const ForeachLayer& given = batch.layers[i].given;
+    what += std::string(i == 0 ? " of [" : ", [") + std::to_string(given.rows) + ", " +
+            std::to_string(given.columns) + "]";
+  }
+  return what;
+}
+
 template <class T, class Use>
-Status launch_batch(const std::string& what, const ApplyParams<Use>& params, Stream stream) {
+Status launch_batch(const char* name, const ApplyParams<Use>& params, Stream stream) {
   static_assert(sizeof params <= kArgumentBytes);
   const Batch& batch = params.batch;
   const int last = batch.count - 1;
@@ -203,22 +214,18 @@ Status launch_batch(const std::string& what, const ApplyParams<Use>& params, Str
   const bool reduces = std::any_of(batch.layers, batch.layers + batch.count, [](const Layer& layer) {
     return layer.given.normalize == Normalize::layer;
   });
+  if (reduces && !batch.factors) return Status::failure(describe(name, batch) + ": no workspace");
   Status status;
-  if (reduces) status = launch(what, reduce<T>, grid, stream, batch);
-  if (status.ok) status = launch(what, apply<T, Use>, grid, stream, params);
+  if (reduces) status = launch("", reduce<T>, grid, stream, batch);
+  if (status.ok) status = launch("", apply<T, Use>, grid, stream, params);
+  // not before: naming many layers takes longer than queueing them
+  if (!status.ok) status.message = describe(name, batch) + status.message;
   return status;
-}
-
-std::string describe(const char* name, const ForeachParams& params) {
-  const ForeachLayer& first = params.layers[0];
-  return std::string(name) + " of " + std::to_string(params.count) + " layers, the first [" +
-         std::to_string(first.rows) + ", " + std::to_string(first.columns) + "]";
 }
 
 template <class T, class Use>
 Status run(const char* name, const ForeachParams& params, const Use& use, Stream stream) {
   if (params.count == 0) return {};
-  const std::string what = describe(name, params);
   int64_t rows = 0;
   for (int64_t i = 0; i < params.count; ++i) rows += params.layers[i].rows;
   ApplyParams<Use> next{{}, use};
@@ -237,7 +244,7 @@ Status run(const char* name, const ForeachParams& params, const Use& use, Stream
       first_row += given.rows;
     }
     if (batch.count == kLayersPerLaunch || (batch.count > 0 && i + 1 == params.count)) {
-      const Status status = launch_batch<T>(what, next, stream);
+      const Status status = launch_batch<T>(name, next, stream);
       if (!status.ok) return status;
       batch.count = 0;
       blocks = 0;

@@ -26,6 +26,7 @@ struct DeviceInfo {
   int capability = 0;  // 80, 90, ...
   int multiprocessors = 0;
   size_t shared_limit = 0;  // dynamic shared memory that a block may ask for, bytes
+  int device = 0;
 };
 
 #ifdef GHL_CUDA_ON_HOST
@@ -55,22 +56,25 @@ inline Status cuda_status(const std::string& what, cudaError_t error) {
   return Status::failure(what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device current and puts the former one back.
+// Makes a device and its context current, and puts the former device back.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
+  explicit DeviceGuard(int device) : device_(device), previous_(device) {
     error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device) error_ = cudaSetDevice(device);
+    // also where it is the device already: a thread of which nobody asked more has no context yet
+    if (error_ == cudaSuccess) error_ = cudaSetDevice(device);
   }
   ~DeviceGuard() {
-    if (previous_ >= 0) cudaSetDevice(previous_);
+    // only then: it makes a context on a device that nobody may have used
+    if (error_ == cudaSuccess && previous_ != device_) cudaSetDevice(previous_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
   cudaError_t error() const { return error_; }
 
  private:
-  int previous_ = -1;
+  int device_;
+  int previous_;
   cudaError_t error_;
 };
 
@@ -84,11 +88,23 @@ inline Status device_info(int device, DeviceInfo& info) {
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
-  info = {10 * major + minor, multiprocessors, static_cast<size_t>(shared)};
+  info = {10 * major + minor, multiprocessors, static_cast<size_t>(shared), device};
   return cuda_status("device " + std::to_string(device), error);
 }
 
 constexpr size_t kSharedWithoutOptIn = 48 << 10;
+
+// Lets a kernel have all the dynamic shared memory of the current device. Always all of it: another thread
+// may be between this and its own launch of the kernel, and must not find a smaller limit than it set.
+inline cudaError_t allow_shared(const void* kernel, int device) {
+  int most = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaFuncAttributes attributes{};
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              most - static_cast<int>(attributes.sharedSizeBytes));
+}
 
 // `what` names the operation and its shape, for the message of a failure.
 template <class Params>
@@ -96,14 +112,14 @@ Status launch(const std::string& what, void (*kernel)(Params), const Grid& grid,
               const Params& params) {
   if (grid.blocks > kMostBlocks) return too_many_blocks(what, grid);
   const DeviceGuard guard(stream.device);
+  const void* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = guard.error();
   if (error == cudaSuccess && grid.shared > kSharedWithoutOptIn) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(grid.shared));
+    error = allow_shared(function, stream.device);
   }
   if (error == cudaSuccess) {
     void* arguments[] = {const_cast<Params*>(&params)};
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(grid.blocks)),
+    error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid.blocks)),
                              dim3(static_cast<unsigned>(grid.threads)), arguments, grid.shared,
                              static_cast<cudaStream_t>(stream.handle));
   }

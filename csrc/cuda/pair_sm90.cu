@@ -2,6 +2,9 @@
 // with twins of its instructions.
 #ifndef GHL_CUDA_ON_HOST
 
+#include <map>
+#include <mutex>
+
 #include "cuda/pair.cuh"
 #include "cuda/pair_sm90_driver.h"
 #include "cuda/pair_sm90_maps.h"
@@ -11,13 +14,39 @@ namespace {
 
 using namespace sm90;
 
-Status launch_clusters(const std::string& what, void (*kernel)(PairSm90), Stream stream,
-                       const PairSm90& params) {
-  const DeviceGuard guard(stream.device);
-  cudaError_t error = guard.error();
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  }
+using Kernel = void (*)(PairSm90);
+
+const void* address_of(Kernel kernel) { return reinterpret_cast<const void*>(kernel); }
+
+const Encoders& encoders() {
+  static const Encoders found = driver_encoders();
+  return found;
+}
+
+// A build without 90a-real has the kernel's name on such a device too, with nothing in it.
+bool has_body(Kernel kernel) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, address_of(kernel));
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error == cudaSuccess && can_deal_registers(attributes.numRegs);
+}
+
+// Asked before every launch, answered by CUDA once for each device.
+bool runs_on(int device) {
+  static std::mutex mutex;
+  static std::map<int, bool> answers;
+  const std::lock_guard lock(mutex);
+  if (const auto known = answers.find(device); known != answers.end()) return known->second;
+  const DeviceGuard guard(device);
+  const bool runs = guard.error() == cudaSuccess && encoders().tiled && encoders().im2col &&
+                    has_body(pair_kernel<bf16>) && has_body(pair_kernel<f16>);
+  answers.emplace(device, runs);
+  return runs;
+}
+
+// The stream's device is current.
+Status launch_clusters(const std::string& what, Kernel kernel, Stream stream, const PairSm90& params) {
+  cudaError_t error = allow_shared(address_of(kernel), stream.device);
   if (error == cudaSuccess) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -30,7 +59,7 @@ Status launch_clusters(const std::string& what, void (*kernel)(PairSm90), Stream
     config.attrs = &attribute;
     config.numAttrs = 1;
     void* arguments[] = {const_cast<PairSm90*>(&params)};
-    error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
+    error = cudaLaunchKernelExC(&config, address_of(kernel), arguments);
   }
   // taken, so that the next check of another library does not report it as its own
   if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
@@ -39,7 +68,9 @@ Status launch_clusters(const std::string& what, void (*kernel)(PairSm90), Stream
 
 }  // namespace
 
-bool pair_sm90_takes(const PairParams& params, const DeviceInfo& info) { return sm90::takes(params, info); }
+bool pair_sm90_takes(const PairParams& params, const DeviceInfo& info) {
+  return sm90::takes(params, info) && runs_on(info.device);
+}
 
 int64_t pair_sm90_workspace(const PairParams& params, const DeviceInfo& info) {
   return sm90::workspace_bytes(params, info);
@@ -50,8 +81,10 @@ Status pair_sm90(const PairParams& from, const DeviceInfo& info, Stream stream) 
   const Plan plan = plan_of(from, info);
   if (cuts_tiles(plan) && !from.workspace) return Status::failure(what + ": no workspace");
   PairSm90 params = kernel_params(from, plan);
-  static const Encoders encoders = driver_encoders();
-  Status status = encode_maps(encoders, what, from, params);
+  // before the maps, since a driver encodes them only where a context is current
+  const DeviceGuard guard(stream.device);
+  Status status = cuda_status(what, guard.error());
+  if (status.ok) status = encode_maps(encoders(), what, from, params);
   if (!status.ok) return status;
   status =
       launch_clusters(what, from.dtype == DType::bf16 ? pair_kernel<bf16> : pair_kernel<f16>, stream, params);

@@ -1,4 +1,4 @@
-// The driver's encoders of tensor maps, looked up at run time: nothing links the driver, so that the module
+// The driver's functions for tensor maps, looked up at run time: nothing links the driver, so that the module
 // loads where there is none.
 #pragma once
 
@@ -11,11 +11,15 @@ namespace ghl::sm90 {
 // Null where the driver, or the entry point, is missing.
 template <class Function>
 Function driver_function(const char* name) {
-  constexpr unsigned kVersion = 12000;  // of CUDA, that first had them
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+  constexpr unsigned kVersion = 12000;  // of CUDA, that has them all
   const cudaError_t error =
       cudaGetDriverEntryPointByVersion(name, &function, kVersion, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
+#endif
   if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
   return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Function>(function)
                                                                       : nullptr;
@@ -23,7 +27,8 @@ Function driver_function(const char* name) {
 
 inline Encoders driver_encoders() {
   return {driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled"),
-          driver_function<PFN_cuTensorMapEncodeIm2col_v12000>("cuTensorMapEncodeIm2col")};
+          driver_function<PFN_cuTensorMapEncodeIm2col_v12000>("cuTensorMapEncodeIm2col"),
+          driver_function<PFN_cuGetErrorString_v6000>("cuGetErrorString")};
 }
 
 }  // namespace ghl::sm90

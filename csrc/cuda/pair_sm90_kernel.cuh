@@ -477,8 +477,6 @@ __device__ __forceinline__ void begin(const PairSm90& params, unsigned char* bas
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) pair_kernel(const __grid_constant__ PairSm90 params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(GHL_CUDA_ON_HOST)
-  // 56 + 2 * 224 registers are no more than the 3 * 168 that the block starts with.
-  constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   unsigned char* const base = dynamic_shared<unsigned char>();
   const uint32_t shared = ptx::shared_address(base);
   const Plan& plan = params.plan;

@@ -34,6 +34,16 @@ constexpr int kThreads = kWarpgroup * (kConsumers + 1);
 constexpr int kAccumulators = kTileUnits * kTileColumns / kWarpgroup;
 constexpr int kQuads = kAccumulators / 4;
 
+// Of a thread, once setmaxnreg has dealt out what the block starts with.
+constexpr int kProducerRegisters = 56;
+constexpr int kConsumerRegisters = 224;
+
+// Whether so many registers of each thread at launch are enough to deal out. With fewer, consumers would wait
+// for them forever.
+constexpr bool can_deal_registers(int registers) {
+  return (kConsumers + 1) * registers >= kProducerRegisters + kConsumers * kConsumerRegisters;
+}
+
 constexpr int kStates = 4;  // arrays of 4-byte numbers: threshold, cut, logsumexp, first
 
 // --- shared memory ------------------------------------------------------------------------------

@@ -30,26 +30,43 @@ struct Tensor {
   std::array<int64_t, 5> stride{};  // elements; of the first dimension 1
 };
 
-// A dimension of size 1 has no stride to speak of: one that a map accepts.
 inline void add_dimension(Tensor& tensor, int64_t size, int64_t stride) {
-  if (size == 1) {
-    constexpr int64_t kStep = kAlignment / kElement;
-    const int previous = tensor.rank - 1;
-    stride = ceil_of(tensor.size[previous] * tensor.stride[previous], kStep) * kStep;
-  }
   tensor.size[tensor.rank] = size;
   tensor.stride[tensor.rank] = stride;
   ++tensor.rank;
 }
 
+// Elements that one step along a dimension must pass: all of the dimension before.
+inline int64_t extent_before(const Tensor& tensor, int i) {
+  return tensor.size[i - 1] * tensor.stride[i - 1];
+}
+
+// Dimensions of size 1 have no stride to speak of, so they get one that a map accepts: that of the next
+// longer dimension, or where there is none what the dimensions before take up.
+inline Tensor with_strides_of_ones(Tensor tensor) {
+  constexpr int64_t kStep = kAlignment / kElement;
+  for (int i = 1; i < tensor.rank; ++i) {
+    if (tensor.size[i] != 1) continue;
+    int next = i;
+    while (next < tensor.rank && tensor.size[next] == 1) ++next;
+    tensor.stride[i] =
+        next < tensor.rank ? tensor.stride[next] : ceil_of(extent_before(tensor, i), kStep) * kStep;
+  }
+  return tensor;
+}
+
 inline Tensor tensor_of(const void* data, int64_t contiguous) { return {data, 1, {contiguous}, {1}}; }
 
+// The manual's rules for cuTensorMapEncodeTiled and Im2col. By its formula for strides a dimension lies whole
+// within a step of the next one, in as many steps of its own as you like: no overlaps, no permutations.
 inline bool fits_map(const Tensor& tensor) {
   if (reinterpret_cast<uintptr_t>(tensor.data) % kAlignment != 0) return false;
   for (int i = 0; i < tensor.rank; ++i) {
-    const int64_t bytes = tensor.stride[i] * kElement;
     if (tensor.size[i] < 1 || tensor.size[i] > kMaxCoordinate) return false;
-    if (i > 0 && (bytes <= 0 || bytes % kAlignment != 0 || bytes >= kMaxStride)) return false;
+    if (i == 0) continue;
+    const int64_t stride = tensor.stride[i], bytes = stride * kElement;
+    if (bytes % kAlignment != 0 || bytes >= kMaxStride) return false;
+    if (stride < extent_before(tensor, i) || stride % tensor.stride[i - 1] != 0) return false;
   }
   return true;
 }
@@ -85,13 +102,13 @@ inline Tensor input_tensor(const PairParams& params, Source source) {
   Tensor tensor = tensor_of(params.x, geometry.channels);
   if (source == Source::rows) {
     add_dimension(tensor, geometry.positions(), *row_stride(params));
-    return tensor;
+    return with_strides_of_ones(tensor);
   }
   for (int i = 2; i >= (source == Source::volume ? 0 : 1); --i) {
     add_dimension(tensor, geometry.in_size[i], params.x_stride[i]);
   }
   add_dimension(tensor, geometry.batch, params.x_stride_batch);
-  return tensor;
+  return with_strides_of_ones(tensor);
 }
 
 inline bool is_matrix(const Responses& responses) {
@@ -102,13 +119,7 @@ inline Tensor response_tensor(const PairParams& params, const Responses& respons
   Tensor tensor = tensor_of(responses.data, params.units);
   add_dimension(tensor, params.geometry.positions(),
                 responses.inner == 1 ? responses.stride_batch : responses.stride_position);
-  return tensor;
-}
-
-inline Status map_status(const std::string& what, CUresult result) {
-  if (result == CUDA_SUCCESS) return {};
-  return Status::failure(what + ": no tensor map: the driver's error " +
-                         std::to_string(static_cast<int>(result)));
+  return with_strides_of_ones(tensor);
 }
 
 inline CUtensorMapDataType map_type(DType dtype) {
@@ -129,11 +140,20 @@ inline MapShape map_shape(const Tensor& tensor, int64_t element) {
   return shape;
 }
 
-// The driver's encoders.
+// The driver's functions, each null where it lacks it.
 struct Encoders {
   PFN_cuTensorMapEncodeTiled_v12000 tiled = nullptr;
   PFN_cuTensorMapEncodeIm2col_v12000 im2col = nullptr;
+  PFN_cuGetErrorString_v6000 error_string = nullptr;
 };
+
+inline Status map_status(const Encoders& encoders, const std::string& what, CUresult result) {
+  if (result == CUDA_SUCCESS) return {};
+  const char* text = nullptr;
+  if (encoders.error_string) encoders.error_string(result, &text);
+  return Status::failure(what + ": no tensor map: the driver's error " +
+                         std::to_string(static_cast<int>(result)) + (text ? std::string(": ") + text : ""));
+}
 
 // Boxes of rows; for a matrix of positions 64 by 64, swizzled, and for numbers of positions 64, as they lie.
 inline Status encode_rows(const Encoders& encoders, const std::string& what, CUtensorMap& map,
@@ -141,7 +161,7 @@ inline Status encode_rows(const Encoders& encoders, const std::string& what, CUt
   if (!encoders.tiled) return Status::failure(what + ": the driver has no cuTensorMapEncodeTiled");
   const MapShape shape = map_shape(tensor, element);
   const cuuint32_t box[2] = {kChunk, rows}, steps[2] = {1, 1};
-  return map_status(what,
+  return map_status(encoders, what,
                     encoders.tiled(&map, type, 2, const_cast<void*>(tensor.data), shape.size.data(),
                                    shape.stride.data(), box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                    rows > 1 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
@@ -160,10 +180,11 @@ inline Status encode_patches(const Encoders& encoders, const std::string& what, 
     steps[1 + i] = static_cast<cuuint32_t>(patches.stride[i]);
   }
   return map_status(
-      what, encoders.im2col(&map, type, static_cast<cuuint32_t>(tensor.rank), const_cast<void*>(tensor.data),
-                            shape.size.data(), shape.stride.data(), lower, upper, kChunk, kStagePositions,
-                            steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+      encoders, what,
+      encoders.im2col(&map, type, static_cast<cuuint32_t>(tensor.rank), const_cast<void*>(tensor.data),
+                      shape.size.data(), shape.stride.data(), lower, upper, kChunk, kStagePositions, steps,
+                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 }
 
 // --- problems ----------------------------------------------------------------------------------
@@ -175,13 +196,6 @@ inline Plan plan_of(const PairParams& params, const DeviceInfo& info) {
   const bool both = wants_a(params) && wants_g(params);
   return make_plan(params.units, params.geometry.channels, params.geometry.taps(),
                    params.geometry.positions(), both, info.multiprocessors);
-}
-
-inline bool has_needed_state(const PairParams& params) {
-  if (!wants_a(params)) return true;
-  if (params.activity == Activity::softmax && !params.logsumexp) return false;
-  if (params.selects && !(params.threshold && params.cut)) return false;
-  return !params.anti || params.first;
 }
 
 // The state of positions, in the order of StatePointers.
@@ -249,6 +263,7 @@ inline Status encode_maps(const Encoders& encoders, const std::string& what, con
     if (!params.has_state[i]) continue;
     Tensor numbers = tensor_of(states[i], params.positions);
     add_dimension(numbers, 1, 0);
+    numbers = with_strides_of_ones(numbers);
     const bool is_index = i % 2 == 1;
     status = encode_rows(encoders, what, params.states[i], numbers,
                          is_index ? CU_TENSOR_MAP_DATA_TYPE_INT32 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
@@ -287,7 +302,7 @@ inline bool takes(const PairParams& params, const DeviceInfo& info) {
   if (params.dtype == DType::f32 || geometry.groups != 1) return false;
   if (!wants_a(params) && !wants_g(params)) return false;
   if (params.units < 1 || geometry.positions() < 1 || !is_small_enough(params)) return false;
-  if (!fills_chunks(geometry.channels) || !has_needed_state(params) || !is_aligned(params)) return false;
+  if (!fills_chunks(geometry.channels) || lacks_state(params) || !is_aligned(params)) return false;
   return takes_input(params) && takes_responses(params, params.u) && takes_responses(params, params.grad);
 }
 

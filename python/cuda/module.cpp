@@ -9,6 +9,8 @@
 #include <cuda_runtime.h>
 #endif
 
+#include "ghl/check_device.h"
+
 namespace ghl::binding {
 namespace {
 
@@ -27,6 +29,12 @@ py::dict build_info() {
 #endif
   return py::dict("compiler"_a = GHL_COMPILER, "architectures"_a = GHL_ARCHITECTURES, "on_host"_a = on_host,
                   "sanitize"_a = static_cast<bool>(GHL_SANITIZE));
+}
+
+// Why kernels of this build cannot run on a device, or an empty string.
+std::string problem(int device) {
+  const py::gil_scoped_release release;
+  return check_device_cuda(device).message;
 }
 
 #ifdef GHL_CUDA_ON_HOST
@@ -63,6 +71,7 @@ PYBIND11_MODULE(_cuda, module) {
   using py::literals::operator""_a;
   module.doc() = "The CUDA kernels of ghl_kernels.";
   module.def("build_info", build_info);
+  module.def("problem", problem, "device"_a);
 #ifdef GHL_CUDA_ON_HOST
   module.def("schedule", schedule, "order"_a, "seed"_a = 1);
 #else

@@ -14,6 +14,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = Path(__file__).parent / "sm90"
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def runs_sanitized() -> bool:
+    """Whether the runtime of AddressSanitizer is loaded, as tools/cuda_on_host --sanitize does."""
+    return "libasan" in os.environ.get("LD_PRELOAD", "")
 
 
 def compile_cpp(target: Path, *arguments: str | Path) -> Path:
@@ -23,8 +29,11 @@ def compile_cpp(target: Path, *arguments: str | Path) -> Path:
         pytest.skip("needs g++")
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
     options = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    # the compiler itself needs no sanitizer
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     # the caller's folders first
-    subprocess.run([compiler, *options, *map(str, arguments), *include, "-o", str(target)], check=True)
+    command = [compiler, *options, *map(str, arguments), *include, "-o", str(target)]
+    subprocess.run(command, check=True, env=environment)
     return target
 
 
@@ -37,13 +46,13 @@ def layout_library(folder: Path) -> ctypes.CDLL:
     return library
 
 
-def kernel_library(folder: Path, csrc: Path = ROOT / "csrc") -> ctypes.CDLL:
+def kernel_library(folder: Path, csrc: Path = ROOT / "csrc", *, sanitize: bool = False) -> ctypes.CDLL:
     """The kernel, its host code, and twins of its instructions; `csrc` replaces the project's sources."""
     if not (CUDA / "cuda.h").exists():
         pytest.skip(f"needs cuda.h, which is not in {CUDA} (CUDA_HOME)")
     sources = [SOURCES / "on_host.cpp", csrc / "cuda/host/runtime.cpp"]
     options = [
-        "-O2",
+        *(SANITIZE if sanitize else ["-O2"]),
         "-shared",
         "-fPIC",
         "-DGHL_CUDA_ON_HOST",

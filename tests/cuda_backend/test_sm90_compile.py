@@ -66,7 +66,8 @@ def test_budgets(hopper: tuple[str, dict[str, list[str]]]) -> None:
     report, _ = hopper
     used = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
     assert len(used) == 3
-    assert max(used) <= REGISTERS
+    # setmaxnreg deals out what the block starts with: fewer, and a consumer would wait for more forever
+    assert sorted(used)[1:] == [REGISTERS, REGISTERS]
     spilled = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
     )
@@ -120,7 +121,10 @@ def test_nothing_touches_registers_that_wgmma_uses(
 
 @pytest.mark.slow
 def test_compiles_for_others(tmp_path: Path) -> None:
-    compiled(tmp_path / "others.o", *for_archs("80", "100"))
+    report = compiled(tmp_path / "others.o", *for_archs("80", "90", "100"))
+    used = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
+    # by which a launcher tells that the kernel has no body there
+    assert max(used) < REGISTERS
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sm90_build import ROOT, kernel_library
+from sm90_build import CUDA, ROOT, SOURCES, compile_cpp, kernel_library, runs_sanitized
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,7 +20,7 @@ SOFTMAX, LINEAR, RELU, BINARY = range(4)
 
 @pytest.fixture(scope="session")
 def sm90(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return kernel_library(tmp_path_factory.mktemp("sm90"))
+    return kernel_library(tmp_path_factory.mktemp("sm90"), sanitize=runs_sanitized())
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def problem(case: Case) -> Problem:
         made.threshold = order.values[:, case.winners - 1].contiguous()
         tied = won & (values == made.threshold[:, None])
         made.cut = torch.where(tied, torch.arange(case.units), -1).amax(1).int()
+    elif case.activity != SOFTMAX:
+        made.threshold = torch.zeros(case.positions)
     if case.activity == SOFTMAX:
         scaled = (values / case.temperature).masked_fill(~won, -torch.inf)
         made.logsumexp = torch.logsumexp(scaled, 1)
@@ -228,6 +230,9 @@ CASES = {
     "3-d": Case(
         2, 40, 65, size=(4, 5, 6), kernel=(2, 3, 2), stride=(2, 1, 1), padding=(1, 1, 0), dilation=(1, 2, 3)
     ),
+    "images of a row": replace(IMAGE, size=(1, 1, 9), kernel=(1, 1, 3), padding=(0, 0, 1)),
+    "images of a column": replace(IMAGE, size=(1, 9, 1), kernel=(1, 3, 1), padding=(0, 1, 0)),
+    "one volume": Case(1, 40, 8, size=(4, 5, 1), kernel=(2, 3, 1), padding=(0, 1, 0)),
     "pointwise with a stride": Case(3, 64, 64, size=(1, 7, 8), stride=(1, 2, 2)),
     "more padding than input": Case(2, 32, 8, size=(1, 2, 1), kernel=(1, 3, 3), padding=(0, 3, 2)),
     "padding channels": replace(IMAGE, result_channels=67),
@@ -317,11 +322,43 @@ def test_refuses_layouts(sm90: ctypes.CDLL) -> None:
     assert not takes(sm90, made), "a tensor that is not aligned"
 
 
+def test_takes_a_part_of_a_larger_tensor(sm90: ctypes.CDLL) -> None:
+    """Steps between channels, columns and rows that nobody reads."""
+    made = problem(IMAGE)
+    wide = torch.randn(3, 1, 11, 8, 96).to(made.case.dtype)
+    for columns in (7, 1):
+        made.case = replace(IMAGE, size=(1, 9, columns))
+        made.x = wide[:, :, 1:10, :columns, 8:80]
+        assert takes(sm90, made), columns
+
+
+def test_refuses_strides_that_the_manual_does_not_allow(sm90: ctypes.CDLL) -> None:
+    """A step of a dimension holds whole steps of the one before, and at least all of them."""
+    made = problem(IMAGE)
+    values = made.x.contiguous()
+    for name, x in {
+        "rows and columns exchanged": values.transpose(2, 3).contiguous().transpose(2, 3),
+        "images within rows": values.movedim(0, 2).contiguous().movedim(2, 0),
+        "no whole number of columns in a row": values.new_zeros(3, 1, 9, 512)[..., :504].unflatten(
+            3, (7, 72)
+        ),
+        "rows that overlap": values.flatten().as_strided((3, 1, 9, 7, 72), (2520, 2520, 144, 72, 1)),
+    }.items():
+        made.x = x
+        assert not takes(sm90, made), name
+
+
 def test_refuses_a_missing_state(sm90: ctypes.CDLL) -> None:
     for name in ("threshold", "cut", "logsumexp", "first"):
         made = problem(replace(IMAGE, winners=4, anti=True))
         setattr(made, name, None)
         assert not takes(sm90, made), name
+
+
+def test_the_driver_s_functions_are_found_by_the_runtime_of_cuda_12_0(tmp_path: Path) -> None:
+    """The call that newer releases have, and the only one that CUDA 13 has, came with 12.5."""
+    flags = ["-fsyntax-only", "-DGHL_CUDA_ON_HOST", f"-I{SOURCES / 'cuda_12_0'}", "-isystem", CUDA]
+    compile_cpp(tmp_path / "none", *flags, SOURCES / "driver.cpp")
 
 
 PLANTED = {

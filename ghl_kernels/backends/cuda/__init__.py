@@ -34,9 +34,13 @@ def status() -> tuple[bool, str]:
         )
     if not torch.cuda.is_available():
         return False, "torch sees no GPU"
-    problems = [_device_problem(index) for index in range(torch.cuda.device_count())]
-    if all(problems):
-        return False, problems[0]
+    too_old = [_too_old(index) for index in range(torch.cuda.device_count())]
+    if all(too_old):
+        return False, too_old[0]
+    # of the others nothing more is asked: it would make a context on each
+    current = torch.cuda.current_device()
+    if not too_old[current] and (problem := _device_problem(current)):
+        return False, problem
     return True, f"{info['compiler']}, for {info['architectures']}"
 
 
@@ -60,6 +64,16 @@ def _runs_on_host() -> bool:
 
 @functools.cache
 def _device_problem(index: int) -> str:
+    if problem := _too_old(index):
+        return problem
+    module = _native.load_cuda()
+    if problem := module.problem(index):
+        built = module.build_info()["architectures"]
+        return f"its kernels, built for {built}, do not run on {torch.cuda.get_device_name(index)}: {problem}"
+    return ""
+
+
+def _too_old(index: int) -> str:
     major, minor = capability = torch.cuda.get_device_capability(index)
     if capability < _OLDEST:
         return f"it needs a GPU of sm_80 or newer, {torch.cuda.get_device_name(index)} is sm_{major}{minor}"

@@ -21,12 +21,22 @@ using namespace ghl;
 
 bool is_multiple(uint64_t value, uint64_t of) { return value % of == 0; }
 
+uint64_t element_of(CUtensorMapDataType type) {
+  return type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 ? 2 : 4;
+}
+
 // What both encoders require of a tensor.
-bool is_valid(cuuint32_t rank, const void* data, const cuuint64_t* size, const cuuint64_t* stride) {
+bool is_valid(CUtensorMapDataType type, cuuint32_t rank, const void* data, const cuuint64_t* size,
+              const cuuint64_t* stride) {
   if (!is_multiple(reinterpret_cast<uintptr_t>(data), 16)) return false;
+  uint64_t step = element_of(type);  // of the dimension before
   for (cuuint32_t i = 0; i < rank; ++i) {
     if (size[i] == 0 || size[i] > uint64_t{1} << 32) return false;
-    if (i > 0 && (!is_multiple(stride[i - 1], 16) || stride[i - 1] >= uint64_t{1} << 40)) return false;
+    if (i == 0) continue;
+    const uint64_t next = stride[i - 1];
+    if (!is_multiple(next, 16) || next >= uint64_t{1} << 40) return false;
+    if (!is_multiple(next, step) || next / step < size[i - 1]) return false;
+    step = next;
   }
   return true;
 }
@@ -37,7 +47,7 @@ host::TensorMap describe_tensor(CUtensorMapDataType type, cuuint32_t rank, const
   host::TensorMap map{};
   map.data = static_cast<const unsigned char*>(data);
   map.rank = static_cast<uint8_t>(rank);
-  map.element = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 ? 2 : 4;
+  map.element = static_cast<uint8_t>(element_of(type));
   map.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
   for (cuuint32_t i = 0; i < rank; ++i) {
     map.size[i] = static_cast<uint32_t>(size[i]);
@@ -52,7 +62,8 @@ CUresult encode_tiled(CUtensorMap* result, CUtensorMapDataType type, cuuint32_t 
                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   host::TensorMap map = describe_tensor(type, rank, data, size, stride, swizzle);
   const bool fits = !map.swizzle || box[0] * map.element <= 128;
-  if (rank != 2 || box[0] != host::kBox || box[1] > 256 || !fits || !is_valid(rank, data, size, stride)) {
+  if (rank != 2 || box[0] != host::kBox || box[1] > 256 || !fits ||
+      !is_valid(type, rank, data, size, stride)) {
     return CUDA_ERROR_INVALID_VALUE;
   }
   map.rows = static_cast<uint8_t>(box[1]);
@@ -66,7 +77,8 @@ CUresult encode_im2col(CUtensorMap* result, CUtensorMapDataType type, cuuint32_t
                        CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   host::TensorMap map = describe_tensor(type, rank, data, size, stride, swizzle);
   const int reach = rank == 5 ? 16 : rank == 4 ? 128 : 0;
-  bool valid = reach > 0 && channels == host::kBox && pixels <= 1024 && is_valid(rank, data, size, stride);
+  bool valid =
+      reach > 0 && channels == host::kBox && pixels <= 1024 && is_valid(type, rank, data, size, stride);
   for (cuuint32_t i = 0; valid && i < rank - 2; ++i) {
     valid = lower[i] >= -reach && lower[i] < reach && upper[i] >= -reach && upper[i] < reach;
     valid = valid && static_cast<int64_t>(size[i + 1]) + upper[i] - lower[i] > 0;
