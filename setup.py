@@ -1,8 +1,9 @@
 """Builds the native modules with CMake and ninja; everything else is in pyproject.toml.
 
 GHL_BUILD_NATIVE, GHL_BUILD_CUDA: unset = build if the compiler is there, say in one line if not;
-1 = its absence is an error; 0 = off. GHL_CUDA_ARCHS names other GPUs, as CMAKE_CUDA_ARCHITECTURES does.
-CMAKE_ARGS and MAX_JOBS are honored. torch is not needed.
+1 = its absence is an error; 0 = off. GHL_CUDA_ARCHS names other GPUs, as CMAKE_CUDA_ARCHITECTURES does;
+GHL_DEBUG_WAITS=1 bounds the waits of Hopper's kernels. CMAKE_ARGS and MAX_JOBS are honored. torch is not
+needed.
 """
 
 import importlib.util
@@ -110,6 +111,16 @@ class BuildPackage(build_py):
         (folder / BUILD_INFO).write_text(json.dumps(record) + "\n")
 
 
+def cuda_options() -> list[str]:
+    """CMake's arguments for the CUDA module. All are given every time, or an earlier build's would stay."""
+    architectures = os.environ.get("GHL_CUDA_ARCHS")
+    return [
+        f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
+        f"-DGHL_CUDA_ARCHS={architectures}" if architectures else "-UGHL_CUDA_ARCHS",
+        f"-DGHL_DEBUG_WAITS={'ON' if choice('GHL_DEBUG_WAITS') else 'OFF'}",
+    ]
+
+
 class BuildNative(build_ext):
     """Runs CMake and ninja once for all modules, in a folder under build/ that later builds reuse."""
 
@@ -129,12 +140,10 @@ class BuildNative(build_ext):
             "GHL_CPU": "OFF" if NOT_NATIVE else "ON",
             "GHL_CUDA": "OFF" if NOT_CUDA else "ON",
         }
-        if not NOT_CUDA:
-            options["CMAKE_CUDA_COMPILER"] = find_nvcc()
-            if architectures := os.environ.get("GHL_CUDA_ARCHS"):
-                options["GHL_CUDA_ARCHS"] = architectures
         configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja"]
         configure += [f"-D{name}={value}" for name, value in options.items()]
+        if not NOT_CUDA:
+            configure += cuda_options()
         configure += os.environ.get("CMAKE_ARGS", "").split()
         jobs = os.environ.get("MAX_JOBS")
         self.call(configure)
