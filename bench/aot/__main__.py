@@ -3,6 +3,7 @@
     tools/aot_check                          every layer, architecture and dtype
     tools/aot_check --reduced --arch sm_90   few layers, one architecture
     tools/aot_check --only correlate         kernels with this in their name
+    tools/aot_check --choices                every choice of the correlation's tile, by shape and competition
 
 Budgets: no spilled registers, no serialized wgmma in a product of 16-bit operands, shared memory within the
 architecture's limit, tensor cores wherever 16-bit operands are multiplied. NVIDIA's numbers are ptxas' own
@@ -30,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench.aot.cases import DTYPES, Case, cases
+from bench.aot.cases import DTYPES, Case, cases, choices
 from bench.aot.compilation import Compilation, specialize
 from bench.aot.measure import Measured, measure
 from bench.gpu.tiles import every_candidate, library, tf32
@@ -58,7 +59,7 @@ def find(options: argparse.Namespace) -> Found:
     found = Found()
     operations = importlib.import_module(options.operations)
     for name in options.arch:
-        arch = architectures.KNOWN[name]
+        arch = (architectures.KNOWN | architectures.CONSUMER)[name]
         for dtype in options.dtype:
             for case in _cases(options, dtype):
                 label = f"{case.name} {dtype} {name}"
@@ -88,7 +89,8 @@ def _compilations(call: Callable[[], object], arch: Arch, tf32_allowed: bool) ->
 
 
 def _cases(options: argparse.Namespace, dtype: str) -> Iterator[Case]:
-    return (case for case in cases(dtype, options.reduced) if options.case in case.name)
+    made = choices() if options.choices else cases(dtype, options.reduced)
+    return (case for case in made if options.case in case.name)
 
 
 def compile_all(compilations: Sequence[Compilation], jobs: int) -> list[Measured]:
@@ -135,11 +137,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="tools/aot_check", description=__doc__.splitlines()[0])
     known = list(architectures.KNOWN)
-    parser.add_argument("--arch", nargs="+", choices=known, default=known, help="default: all")
+    every = [*known, *architectures.CONSUMER]
+    parser.add_argument("--arch", nargs="+", choices=every, default=known, help=f"default: {' '.join(known)}")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: all")
     parser.add_argument("--only", default="", metavar="NAME", help="kernels with this in their name")
     parser.add_argument("--case", default="", metavar="TEXT", help="calls with this in their name")
     parser.add_argument("--reduced", action="store_true", help="few layers and competitions")
+    parser.add_argument("--choices", action="store_true", help="every choice of a tile, not layers")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="parallel compilers")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write everything to FILE")
     parser.add_argument(

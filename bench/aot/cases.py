@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ghl_kernels._geometry import Geometry, make_geometry
 from ghl_kernels.backends.eager import moments_size, sum_dtype
+from ghl_kernels.backends.gpu.layout import VECTOR, patches, responses
+from ghl_kernels.backends.gpu.state import State
+from ghl_kernels.backends.triton.kernels import compete, correlate, depthwise
 from ghl_kernels.rule import Competition
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,6 +44,15 @@ class Layer(NamedTuple):
         return make_geometry(self.kernel, self.stride, self.padding, self.dilation, self.groups)[1]
 
     @property
+    def kind(self) -> str:
+        return "conv" if self.size else "linear"
+
+    @property
+    def geometries(self) -> tuple[Geometry, ...]:
+        """What the operations of a convolution take and those of a linear layer do not."""
+        return (self.geometry,) if self.size else ()
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         return (self.units, self.channels // self.groups, *self.kernel)
 
@@ -62,8 +74,11 @@ class Layer(NamedTuple):
         return torch.empty(shape, dtype=dtype, memory_format=LAYOUTS[self.layout][len(shape)])
 
 
+# Inputs of "long" layers have offsets beyond 31 bits.
 LINEAR = (
     Layer("linear-4096to4096", 4096, 4096, 4096),
+    Layer("rows-65536", 64, 64, 65_536),
+    Layer("long-linear", 20_000, 65_536, 64),
     Layer("linear-2304to512", 16384, 2304, 512),
     Layer("linear-784to200", 512, 784, 200),
     Layer("linear-13to17", 33, 13, 17),
@@ -72,6 +87,9 @@ CONV = (
     Layer("deephebb2", 64, 96, 384, (16, 16), (3, 3), padding=1),
     Layer("deephebb2-nchw", 64, 96, 384, (16, 16), (3, 3), padding=1, layout="nchw"),
     Layer("deephebb3", 64, 384, 1536, (8, 8), (3, 3), padding=1),
+    Layer("deephebb3-nchw", 64, 384, 1536, (8, 8), (3, 3), padding=1, layout="nchw"),
+    Layer("long-conv", 320, 64, 64, (256, 256), (3, 3), stride=16, padding=1),
+    Layer("long-depthwise", 320, 64, 64, (256, 256), (3, 3), stride=16, padding=1, groups=64),
     Layer("thin-3to96-k5", 64, 3, 96, (32, 32), (5, 5), padding=2),
     Layer("thin-3to96-k5-nchw", 64, 3, 96, (32, 32), (5, 5), padding=2, layout="nchw"),
     Layer("stem-3to64-k7", 16, 3, 64, (112, 112), (7, 7), stride=2, padding=3),
@@ -92,6 +110,8 @@ CONV = (
 )
 # On these every kind of competition and decay is compiled, on the others softmax and k winners with Oja's.
 FULL = ("deephebb2", "deephebb2-nchw")
+# On these every kind of competition too, but nothing that multiplies: their rows do not fit in registers.
+IN_PIECES = ("rows-65536", "deephebb3-nchw")
 # What the short run compiles.
 REDUCED = ("deephebb2", "depthwise-k3")
 
@@ -130,48 +150,105 @@ def cases(dtype: str, reduced: bool) -> Iterator[Case]:
         if reduced and layer.name not in REDUCED:
             continue
         every = competitions(layer.units)
-        full = layer.name in FULL and not reduced and dtype == "bf16"
-        for name in every if full else ("softmax", "kwta"):
-            yield from _data_cases(layer, name, every[name], ("oja", "instar") if full else ("oja",))
+        thorough = not reduced and dtype == "bf16"
+        full = layer.name in FULL and thorough
+        for name, competition in every.items():
+            main = name in ("softmax", "kwta")
+            if main or full or (layer.name in IN_PIECES and thorough):
+                yield from _competition_cases(layer, name, competition)
+            if main or full:
+                yield from _data_cases(layer, name, competition, ("oja", "instar") if full else ("oja",))
+        yield _gradient_case(layer)
         yield from _weight_cases(layer, full)
+
+
+def choices() -> Iterator[Case]:
+    """Calls that together make every choice of the functions in config.py, whatever the architecture.
+
+    These look at the units up to the sizes of a tile, at whether there are more columns than 128, whether
+    tiles of them lie within a tap, whether loads are whole, and at the competition.
+    """
+    for units in (16, 32, 64, 256, 512):
+        for layer in _swept(units):
+            every = competitions(units)
+            for name in ("softmax", "kwta", "linear"):
+                yield from _product_cases(layer, name, every[name], "oja")
+            yield _gradient_case(layer)
+
+
+def _swept(units: int) -> Iterator[Layer]:
+    """Aligned, with single units to spare, and in planes; linear layers, and convolutions of either width."""
+    for aligned in (units, units - 1):
+        for features in (64, 1024):
+            yield Layer(f"linear-{features}to{aligned}", 4096, features, aligned)
+        for layout in ("nhwc", "nchw"):
+            for channels in (8, 32, 96, 256):
+                name = f"conv-{channels}to{aligned}-{layout}"
+                yield Layer(name, 64, channels, aligned, (8, 8), (3, 3), padding=1, layout=layout)
+
+
+def _competition_cases(layer: Layer, label: str, competition: Competition) -> Iterator[Case]:
+    """Competitions by themselves, to y in float32 (what the mixing decays take) among others."""
+    dim = 1
+    about = f"{layer.name} {label}"
+    yield Case(f"compete {about}", lambda ops, t: ops.compete(layer.u(t), dim, competition))
+    yield Case(
+        f"float32_activities {about}",
+        lambda ops, t: compete.activities(layer.u(t), dim, competition, torch.float32),
+    )
+    yield Case(
+        f"competition_state {about}", lambda ops, t: ops.competition_state(layer.u(t), dim, competition)
+    )
+    if competition.winners:
+        yield Case(f"winners {about}", lambda ops, t: ops.winners(layer.u(t), dim, competition))
+
+
+def _gradient_case(layer: Layer) -> Case:
+    """G alone: no operation asks for it, but the kernels give it."""
+
+    def run(ops: ModuleType, dtype: torch.dtype) -> None:
+        # the operations bring x into this form before the kernel sees it
+        per_group = layer.channels // layer.groups
+        whole = layer.groups * (per_group + (-per_group % VECTOR if per_group > 1 else 0))
+        x = patches(
+            layer._replace(layout="nhwc", channels=whole).x(dtype), layer.geometry if layer.size else None
+        )
+        grad, rule = responses(layer.u(dtype), 1), competitions(layer.units)["softmax"]
+        if layer.size and x.channels == 1:
+            depthwise.correlate(x, grad, grad, State(None, None, None, None), rule, want_A=False)
+        else:
+            correlate.correlate(x, None, grad, None, rule)
+
+    return Case(f"gradient {layer.name}", run)
 
 
 def _data_cases(
     layer: Layer, label: str, competition: Competition, decays: tuple[str, ...]
 ) -> Iterator[Case]:
-    """Operations that read u."""
-    dim = 1
-    rest = (layer.geometry,) if layer.size else ()
-    kind = "conv" if layer.size else "linear"
-
-    def case(operation: str, run: Callable[[ModuleType, torch.dtype], object], note: str = "") -> Case:
-        return Case(f"{operation} {layer.name} {label}{note}", run)
-
-    yield case("compete", lambda ops, t: ops.compete(layer.u(t), dim, competition))
-    yield case("competition_state", lambda ops, t: ops.competition_state(layer.u(t), dim, competition))
+    """Operations that multiply by y."""
     for decay in decays:
-        yield case(
-            f"{kind}_sums",
-            lambda ops, t, decay=decay: getattr(ops, f"{kind}_sums")(
-                layer.x(t), layer.u(t), *rest, competition, decay
-            ),
-            f" {decay}",
-        )
-        yield case(
-            f"{kind}_pair",
-            lambda ops, t, decay=decay: getattr(ops, f"{kind}_pair")(
-                layer.x(t), layer.u(t), layer.u(t), *rest, competition, decay
-            ),
-            f" {decay}",
-        )
+        yield from _product_cases(layer, label, competition, decay)
     if competition.winners:
-        yield case("winners", lambda ops, t: ops.winners(layer.u(t), dim, competition))
-        yield case(
-            f"{kind}_winner_sums",
-            lambda ops, t: getattr(ops, f"{kind}_winner_sums")(
-                layer.x(t), *_lists(layer, competition.winners, t), layer.units, *rest, "oja"
+        yield Case(
+            f"{layer.kind}_winner_sums {layer.name} {label}",
+            lambda ops, t: getattr(ops, f"{layer.kind}_winner_sums")(
+                layer.x(t), *_lists(layer, competition.winners, t), layer.units, *layer.geometries, "oja"
             ),
         )
+
+
+def _product_cases(layer: Layer, label: str, competition: Competition, decay: str) -> Iterator[Case]:
+    """A alone and the pair."""
+    rest = (*layer.geometries, competition, decay)
+    about = f"{layer.name} {label} {decay}"
+    yield Case(
+        f"{layer.kind}_sums {about}",
+        lambda ops, t: getattr(ops, f"{layer.kind}_sums")(layer.x(t), layer.u(t), *rest),
+    )
+    yield Case(
+        f"{layer.kind}_pair {about}",
+        lambda ops, t: getattr(ops, f"{layer.kind}_pair")(layer.x(t), layer.u(t), layer.u(t), *rest),
+    )
 
 
 def _lists(layer: Layer, winners: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

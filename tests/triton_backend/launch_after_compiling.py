@@ -9,6 +9,7 @@ import os
 import pathlib
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -50,4 +51,6 @@ for launch in launches:
 before = entries()
 for launch in launches:
     launch.kernel.warmup(**launch.arguments, **launch.options, grid=(launch.blocks,))
-print(f"compiled {len(before)} kernels, launches added {len(entries() - before)}")
+print(
+    f"Triton {triton.__version__}: compiled {len(before)} kernels, launches added {len(entries() - before)}"
+)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+
+from bench.aot.cases import choices
+from bench.gpu import tiles
+from ghl_kernels.backends.triton import config
+from ghl_kernels.backends.triton.arch import CONSUMER, KNOWN, Arch, assume
+from ghl_kernels.backends.triton.launch import recording
+from ghl_kernels.backends.triton.operations import OPERATIONS
+from ghl_kernels.rule import Competition
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -73,12 +85,31 @@ def test_an_operation_that_raises_is_a_problem(bad) -> None:
     assert "RuntimeError: no such kernel" in done.stdout
 
 
-def test_a_launch_finds_what_was_compiled_ahead(tmp_path: pathlib.Path) -> None:
+def launches_after_compiling(cache: pathlib.Path, *paths: str) -> str:
+    """What launch_after_compiling.py prints, with these folders before the installed packages."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join((*paths, str(ROOT)))}
     command = [sys.executable, HERE / "launch_after_compiling.py"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "compiled 5 kernels, launches added 0\n"
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def triton_36() -> str:
+    """The folder with Triton 3.6, the oldest one that is supported."""
+    folder = os.environ.get("GHL_TRITON_36")
+    if not folder:
+        pytest.skip("GHL_TRITON_36 names no folder with Triton 3.6")
+    return folder
+
+
+def test_a_launch_finds_what_was_compiled_ahead(tmp_path: pathlib.Path) -> None:
+    assert "compiled 5 kernels, launches added 0\n" in launches_after_compiling(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_launch_finds_what_the_oldest_triton_compiled_ahead(tmp_path: pathlib.Path, triton_36: str) -> None:
+    told = launches_after_compiling(tmp_path, triton_36)
+    assert told == "Triton 3.6.0: compiled 5 kernels, launches added 0\n"
 
 
 @pytest.mark.slow
@@ -88,10 +119,62 @@ def test_every_layer_and_dtype_keeps_the_budgets() -> None:
 
 
 @pytest.mark.slow
-def test_the_oldest_triton_keeps_the_budgets() -> None:
-    folder = os.environ.get("GHL_TRITON_36")
-    if not folder:
-        pytest.skip("GHL_TRITON_36 names no folder with Triton 3.6")
-    done = check(paths=(folder,))
+def test_the_oldest_triton_keeps_the_budgets(triton_36: str) -> None:
+    done = check(paths=(triton_36,))
     assert "Triton 3.6." in done.stdout, done.stderr[-2000:]
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [*KNOWN, *CONSUMER])
+def test_every_choice_of_a_tile_keeps_the_budgets(arch: str) -> None:
+    done = check("--choices", "--dtype", "bf16", "--arch", arch)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", KNOWN)
+def test_the_choices_are_all_that_the_configuration_makes(arch: str) -> None:
+    """Tiles, and what of a problem the kernel is compiled for, as the swept function pairs them."""
+    chip = KNOWN[arch]
+    posed: set[config.Problem] = set()
+
+    def noted(problem: config.Problem, _: Arch) -> config.Tile:
+        posed.add(problem)
+        return next(config.candidates(problem, chip))
+
+    with mock.patch.object(config, "tile", noted), tiles.library(False), assume(chip), recording():
+        for case in choices():
+            case.run(OPERATIONS, torch.bfloat16)
+    compiled = {choice for problem in posed for choice in _choices(problem, chip)}
+    assert compiled >= {choice for problem in _problems() for choice in _choices(problem, chip)}
+
+
+def _choices(problem: config.Problem, chip: Arch) -> set[tuple[Any, ...]]:
+    about = (problem.results, problem.makes_y, problem.state_here, problem.aligned, problem.bounded)
+    return {(tile, config.within_tap(problem, tile), *about) for tile in config.candidates(problem, chip)}
+
+
+def _problems() -> Iterator[config.Problem]:
+    """All that differ in what the configuration looks at, and that the operations can pose, in 16 bits."""
+    softmax = Competition("softmax", 0, 1.0, False)
+    sizes = (1, 8, 16, 17, 24, 32, 33, 64, 65, 128, 200, 256, 257, 512, 4096)
+    columns = [(channels * taps, channels) for channels in (8, 64, 96, 128, 256, 1024) for taps in (1, 9)]
+    for units, (width, channels), bounded, aligned in itertools.product(sizes, columns, *[(True, False)] * 2):
+        if aligned and units % 8:
+            continue
+        here = bounded and config.state_here(units, width, 1, 2, aligned, softmax)
+        for results, makes_y in ((2, True), (1, True), (1, False)):
+            yield config.Problem(
+                units,
+                width,
+                channels,
+                4096,
+                1,
+                2,
+                results,
+                makes_y,
+                here and makes_y,
+                aligned,
+                bounded or not makes_y,
+            )

@@ -35,9 +35,18 @@ KNOWN = {
         Arch("gfx942", 304, 65_536, 4 << 20, 64, False),
     )
 }
+_SMALL_SHARED_MEMORY = 101_376
+# Parts of the same generations with less shared memory, RTX 3090, 4090 and 5090: compiled for on demand only.
+CONSUMER = {
+    arch.name: arch
+    for arch in (
+        Arch("sm_86", 82, _SMALL_SHARED_MEMORY, 6 << 20, 32, False),
+        Arch("sm_89", 128, _SMALL_SHARED_MEMORY, 72 << 20, 32, False),
+        Arch("sm_120", 170, _SMALL_SHARED_MEMORY, 96 << 20, 32, False),
+    )
+}
 # A CPU, where the interpreter runs program after program at a cost of each: wide "warps" make few of them.
 _INTERPRETER = KNOWN["sm_90"]._replace(warp=1024)
-_SMALL_SHARED_MEMORY = 101_376  # sm_86, sm_89, sm_120: consumer parts of their generation
 
 _assumed: Arch | None = None
 

@@ -104,8 +104,9 @@ def tile_of(cut: Grid, units: int, winners: int, gpu: Arch) -> Tile:
     strided = not cut.vectors
     warps = max(1, min(_MOST_WARPS, positions * width // values))
     group = _group(units, width, winners, whole, 8 if strided else _VECTOR // itemsize, strided)
-    spills = (strided and gpu.has_wgmma) or (is_tight and not whole)
-    return Tile(positions, width, whole, group, strided, warps, _REGISTERS if spills else None)
+    spills = (strided and gpu.has_wgmma) or not whole
+    registers = _REGISTERS if spills and not gpu.is_amd else None
+    return Tile(positions, width, whole, group, strided, warps, registers)
 
 
 def _group(units: int, width: int, winners: int, whole: bool, largest: int, strided: bool) -> int:
