@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt \
 	$(filter-out csrc/cuda/host/%,$(shell find cmake csrc python -type f))
 HOST_SOURCES := $(SOURCES) tools/cuda_on_host $(wildcard csrc/cuda/host/*)
 
-.PHONY: demo test slow aot gpu-dry-run lint format sanitize bench clean help
+.PHONY: demo test slow aot gpu-dry-run lint format sanitize bench bench-quick clean help
 
 demo: $(VENV)/demo  ## train one small network five ways, print the table, draw the figure
 	$(BIN)/python -m ghl_kernels demo
@@ -50,10 +50,14 @@ format: $(VENV)/dev  ## let ruff and clang-format rewrite the sources
 sanitize: $(VENV)/dev  ## the kernel tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/sanitize
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/cuda_on_host --sanitize -m "not slow"
-	PATH="$(CURDIR)/$(BIN):$$PATH" tools/cuda_on_host --threads -m "not slow" -k cuda_epilogue
+	PATH="$(CURDIR)/$(BIN):$$PATH" tools/cuda_on_host --threads -m races
 
 bench: $(VENV)/dev  ## the ratios that the project promises, measured here
 	$(BIN)/python -m ghl_kernels bench --suite ratios
+
+# Processors of other kinds, shared with other jobs: only what got twice as slow beside its rival is a change.
+bench-quick: $(VENV)/dev  ## a few small cases beside the recorded ratios: fails where one got twice as slow
+	$(BIN)/python -m ghl_kernels bench --quick --threads 2 --compare bench/results/quick/baseline.json --margin 1
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build dist *.egg-info ghl_kernels/*.so

@@ -84,6 +84,12 @@ def test_compare_refuses_a_margin_of_nothing() -> None:
         compare([], [], [], 0.0)
 
 
+def test_the_quick_selection_has_something_to_be_compared_with() -> None:
+    baseline = report.Document(performance.RESULTS / "quick" / "baseline.json")
+    assert baseline.settings["quick"]
+    assert any(row.stable and row.ratio for row in baseline.rows)
+
+
 # --- figures ------------------------------------------------------------------------------------
 
 
