@@ -8,6 +8,7 @@ import itertools
 import os
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.skipif(
 
 WORLD = 2
 STEPS = 10
+LR = 0.0625
 RULES = {
     "softmax": HebbianRule.ghl(),
     "kwta": HebbianRule.kwta(1),
@@ -86,13 +88,14 @@ def _rank(rank: int) -> dict[str, Any]:
     found["no group"] = _message_without_group()
     found["idle rank"] = _idle_rank(rank)
     found["warnings"] = _warnings_in_backward_mode()
+    found["warnings of learn_"] = _warnings_of_learning_in_place()
     found["accumulated and reduced"] = _accumulated_and_reduced(rank)
     found["unequal shares"] = _unequal_shares(rank)
     found["frozen"] = _frozen(rank)
     found["fused"] = _fused(rank)
     found["branches"] = {case: _branches(rank, *case) for case in BRANCHES}
     found["gradient without sums"] = _message_for_gradient_without_sums()
-    found["float32"] = _float32(rank)
+    found["float32"] = {rule: _float32(rank, rule) for rule in ("softmax", "kwta", "no gate")}
     found["join"] = _message_of_join(rank)  # last: it leaves the group in disorder
     return found
 
@@ -148,6 +151,15 @@ def _warnings_in_backward_mode() -> list[str]:
     return [str(w.message) for w in caught]
 
 
+def _warnings_of_learning_in_place() -> list[str]:
+    layer = ghl.GHLLinear(4, 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            layer.learn_(torch.randn(2, 4), 0.1)
+    return [str(w.message) for w in caught]
+
+
 def _accumulated_and_reduced(rank: int) -> dict[str, list[Tensor]]:
     """Two passes that are both reduced: DDP averages the first gradient twice, and the sums stay."""
     results = {}
@@ -169,17 +181,17 @@ def _step(
     """A training step on one rank's share of a batch of 8, or (None) on the whole."""
     ((x, target),) = small_batches(8, dtype=dtype, seed=seed)
     optimizer.zero_grad()
-    share = slice(None) if rank is None else slice(rank, None, WORLD)
+    share = slice(None) if rank is None else slice(rank, None, torch.distributed.get_world_size())
     F.cross_entropy(model(x[share]), target[share]).backward()
     optimizer.step()
 
 
 def _shares(rank: int | None, size: int) -> slice:
-    """A rank's share of a batch of 7 or 2 items: 5 and 2, then 2 and none."""
+    """A rank's share of a batch of 7 or 2 items: at most 5 and the rest, or 2 each; later ones get none."""
     if rank is None:
         return slice(0, size)
-    cut = min(size, 5)
-    return slice(0, cut) if rank == 0 else slice(cut, size)
+    share = 5 if torch.distributed.get_world_size() == 2 else 2
+    return slice(min(size, rank * share), min(size, (rank + 1) * share))
 
 
 def _unequal_shares(rank: int | None) -> list[Tensor]:
@@ -193,7 +205,8 @@ def _unequal_shares(rank: int | None) -> list[Tensor]:
         share = _shares(rank, size)
         optimizer.zero_grad()
         loss = F.cross_entropy(wrapped(x[share]), target[share], reduction="sum")
-        (loss * (1 if rank is None else WORLD) / size).backward()
+        world = 1 if rank is None else torch.distributed.get_world_size()
+        (loss * world / size).backward()
         optimizer.step()
     return [p.detach().clone() for p in model.parameters()]
 
@@ -243,7 +256,7 @@ TAKEN = [[(0, 1), (0, 1)], [(0,), (1,)], [(1,), (0, 1)], [(0,), (0,)], [(1,), (0
 BRANCHES = list(itertools.product((True, False), (True, False)))
 
 
-def _branches(rank: int | None, set_to_none: bool, bucket_view: bool) -> list[Tensor]:
+def _branches(rank: int | None, set_to_none: bool, bucket_view: bool, world: int = WORLD) -> list[Tensor]:
     """In some steps a process, or all of them, does not use a layer."""
     model: nn.Module = ghl.convert(_Branching().double(), RULES["softmax"], exclude=["head"], gate_at="step")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -253,8 +266,10 @@ def _branches(rank: int | None, set_to_none: bool, bucket_view: bool) -> list[Te
             model, find_unused_parameters=True, gradient_as_bucket_view=bucket_view
         )
     ghl.StepGate(optimizer, wrapped)
-    for step, taken in enumerate(TAKEN):
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+    for step, pair in enumerate(TAKEN):
+        taken = pair * (world // WORLD)
+        size = 4 * len(taken)
+        x = torch.randn(size, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         for i, mine in enumerate(taken):  # the share of process i takes exactly its branches
             signs = torch.tensor([(1.0 if b else -1.0) for b in mine]).repeat(4)[:4]
             x[4 * i : 4 * i + 4, 0] = x[4 * i : 4 * i + 4, 0].abs() * signs
@@ -281,15 +296,18 @@ def _message_for_gradient_without_sums() -> str:
     return str(error.value)
 
 
-def _float32(rank: int | None) -> list[Tensor]:
-    """Ten steps in single precision, of a rule whose update is continuous in what is rounded."""
-    model = ghl.convert(_network().float(), RULES["no gate"], gate_at="step")
-    wrapped = model if rank is None else DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+def _float32(rank: int, rule: str) -> list[list[list[Tensor]]]:
+    """Ten steps in single precision: the parameters before and after each."""
+    model = ghl.convert(_network().float(), RULES[rule], gate_at="step")
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     ghl.StepGate(optimizer, wrapped)
-    for step in range(10):
+    seen = []
+    for step in range(STEPS):
+        before = [p.detach().clone() for p in model.parameters()]
         _step(wrapped, optimizer, step, rank, torch.float32)
-    return [p.detach().clone() for p in model.parameters()]
+        seen.append([before, [p.detach().clone() for p in model.parameters()]])
+    return seen
 
 
 def _message_of_join(rank: int) -> str:
@@ -353,8 +371,16 @@ def test_process_that_hangs_or_dies_ends_the_others(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "dies.pt") < 10
 
 
+FOUR: dict[str, Callable[[int | None], list[Tensor]]] = {
+    "unequal shares": _unequal_shares,
+    "frozen": _frozen,
+    "unused": lambda rank: _branches(rank, True, False, world=4),
+    "unused, bucket views": lambda rank: _branches(rank, False, True, world=4),
+}
+
+
 def _four(rank: int) -> dict[str, list[Tensor]]:
-    found = {}
+    found = {case: train(rank) for case, train in FOUR.items()}
     for rule, mode in itertools.product(RULES, ("plain", "no_sync")):
         model = ghl.convert(_network(), RULES[rule], gate_at="step")
         found[f"{rule}/{mode}"] = _train(DistributedDataParallel(model), model, mode, rank)
@@ -365,7 +391,7 @@ def _four(rank: int) -> dict[str, list[Tensor]]:
 def test_four_processes(tmp_path: Path) -> None:
     found = processes.run(_four, 4, tmp_path)
     for case in found[0]:
-        alone = _alone(*case.split("/"))
+        alone = FOUR[case](None) if case in FOUR else _alone(*case.split("/"))
         for replica in found:
             assert all(torch.equal(a, b) for a, b in zip(replica[case], found[0][case], strict=True))
             for ours, whole in zip(replica[case], alone, strict=True):
@@ -426,6 +452,12 @@ def test_backward_mode_warns_once(ranks: list[dict[str, Any]]) -> None:
         assert "StepGate" in message
 
 
+def test_learning_in_place_warns_once(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        (message,) = found["warnings of learn_"]
+        assert "the replicas part" in message
+
+
 @pytest.mark.parametrize("rule", ["mean, sanger", "no gate"])
 def test_sums_outlive_a_reduction_between_passes(ranks: list[dict[str, Any]], rule: str) -> None:
     replicas = [found["accumulated and reduced"][rule] for found in ranks]
@@ -456,11 +488,29 @@ def test_two_processes_are_one(ranks: list[dict[str, Any]], case: str) -> None:
         torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-10)
 
 
-def test_ten_steps_in_float32_differ_by_rounding(ranks: list[dict[str, Any]]) -> None:
-    replicas = [found["float32"] for found in ranks]
-    _assert_replicas_equal(replicas)
-    for ours, alone in zip(replicas[0], _float32(None), strict=True):
-        torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("rule", ["softmax", "kwta", "no gate"])
+def test_ten_steps_in_float32_differ_by_rounding(ranks: list[dict[str, Any]], rule: str) -> None:
+    """Each step from where the replicas were; a sign counts where G is above its rounding."""
+    replicas = [found["float32"][rule] for found in ranks]
+    model = ghl.convert(_network().float(), RULES[rule], gate_at="step")
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    ghl.StepGate(optimizer, model)
+    gated = [f"{name}.weight" for name, m in model.named_modules() if hasattr(m, "rule")]
+    for step, steps in enumerate(zip(*replicas, strict=True)):
+        for i in range(2):
+            _assert_replicas_equal([moments[i] for moments in steps])
+        start, end = steps[0]
+        for p, before in zip(model.parameters(), start, strict=True):
+            p.data.copy_(before)
+        _step(model, optimizer, step, None, torch.float32)
+        for (name, alone), ours, before in zip(model.named_parameters(), end, start, strict=True):
+            mine, theirs, G = (ours - before) / LR, (alone.detach() - before) / LR, alone.grad
+            sure = G.abs() > 1e-4 * G.abs().max()
+            if name in gated and RULES[rule].gate == "sign":
+                assert sure.double().mean() > 0.9
+                torch.testing.assert_close(mine.abs(), theirs.abs(), rtol=0, atol=2e-5)
+                mine, theirs = mine[sure], theirs[sure]
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("case", BRANCHES)
