@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu import counters, cuda_form, forms, kwta, native_probes, pair, shapes, timing
+from bench.gpu import counters, cuda_form, forms, kwta, native_probes, pair, races, shapes, timing
 from bench.gpu import tests as gpu_tests
 from bench.gpu.stage import Options, Stage, read_json
 from bench.interleave import Spread
+from bench.report import Row
 from ghl_kernels.backends.cuda.kernels import correlate
 from ghl_kernels.backends.triton import config, measured
 
@@ -125,6 +126,21 @@ def test_the_table_says_which_backend_selects_faster() -> None:
         "state planes 4:cuda": False,
         "full_state planes 4:cuda": False,
     }
+
+
+def test_the_table_says_whose_kernels_are_faster_on_the_whole() -> None:
+    def row(suite: str, case: str, name: str, time: float) -> Row:
+        return Row(suite=suite, case=case, name=f"ghl {name}", seconds=Spread.of([time]))
+
+    rows = [row("sparse", "a", "triton", 2.0), row("sparse", "a", "cuda", 1.0)]
+    rows += [row("sparse", "b", "triton", 2.0), row("sparse", "b", "cuda", 3.0)]
+    rows += [row("epilogue", "a", "gate triton", 1.0), row("epilogue", "a", "gate cuda", 2.0)]
+    rows += [
+        row("depthwise", "a", "cuda", 1.0),
+        row("pair", "a", "triton", 1.0),
+        row("pair", "a", "cuda", 2.0),
+    ]
+    assert races._faster(rows) == {"sparse:cuda": True, "epilogue:cuda": False}
 
 
 def seconds(value: float) -> timing.Timed:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ import torch
 
 from bench import intensity, race
 from bench.baselines import BASELINES
-from bench.gpu import ceilings, stage
+from bench.gpu import ceilings, shapes, stage
 from bench.gpu.stage import Stage
 from bench.race import Race, Target
 from bench.races import SUITES, compete, correlate, delta, depthwise, epilogue, linear, pair, sparse, winners
@@ -69,6 +70,7 @@ def run(this: Stage) -> None:
         mean = intensity.mean([row for row in rows if intensity.class_of(row) == name])
         if mean is not None:
             this.add("means", {"class": name, **mean._asdict()})
+    shapes.enter(this, _faster(rows))
 
 
 def entered(target: Target) -> Iterator[Race]:
@@ -93,6 +95,20 @@ def _of_best(rows: list[Row]) -> float | None:
     timed = [row for row in rows if row.is_ours and row.seconds is not None]
     autos, others = ([intensity.seconds(row) for row in timed if row.auto is auto] for auto in (True, False))
     return min(autos) / min(others) if autos and others else None
+
+
+def _faster(rows: list[Row]) -> dict[str, bool]:
+    """Of the kernels that the table of shapes knows as a whole: whether the CUDA backend's are faster."""
+    found = {}
+    for suite in ("depthwise", "sparse", "epilogue"):
+        factors = []
+        for case in intensity.by_case(row for row in rows if row.suite == suite and row.seconds):
+            times = {row.name: intensity.seconds(row) for row in case}
+            both = ((name, name.replace(" triton", " cuda")) for name in times if name.endswith(" triton"))
+            factors += [times[cuda] / times[triton] for triton, cuda in both if cuda in times]
+        if factors:
+            found[f"{suite}:cuda"] = math.prod(factors) < 1
+    return found
 
 
 def calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:

@@ -4,7 +4,7 @@ A step is what a user runs: forward, cross-entropy, backward, SGD, launched one 
 What has a bar comes first, timed in turn and on disk network by network; then every other method on every
 network, each in turn with the baseline that it is quoted against.
 
-``--warm MODEL`` only compiles what the stage will load from Inductor's and Triton's caches.
+``--warm MODEL NUMBER FOLDER`` only compiles what the stage will load from Inductor's and Triton's caches.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Network(NamedTuple):
 
 NETWORKS = {
     "DeepHebb": Network(lambda: DeepHebb((2, 4, 4), size=8), 512, 8, 1.28),
-    "ResNet-50": Network(lambda: ResNet(Bottleneck, (1, 1, 1, 1), width=4, classes=10), 128, 32, 1.13),
     "VGG-16": Network(lambda: VGG((1, 1, 1, 1, 1), 4, 16, 32, 10, bias=False), 128, 32, 1.27),
+    "ResNet-50": Network(lambda: ResNet(Bottleneck, (1, 1, 1, 1), width=4, classes=10), 128, 32, 1.13),
     "FastHebb": Network(lambda: FastHebb((2, 4, 4, 4), size=24), 512, 24),
     "ResNet-18": Network(lambda: ResNet(BasicBlock, (1, 1), width=4, classes=10), 128, 32),
     "ResNet-20": Network(lambda: CifarResNet(8, width=4), 128, 8),
@@ -248,18 +248,15 @@ def _peak(this: Stage, step: Step) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def warm(out: pathlib.Path, name: str) -> int:
-    """Run every compiled method of a network once, so that its code is in the caches."""
-    this = Stage(f"warm-{name}", stage.Options(out))
-    for method in this.each([m for m in METHODS if m.name in FIRST], lambda m: m.name, least=5):
-        this.attempt(
-            f"{name}, {method.name}",
-            lambda method=method: _ready(this.device, this.dry, name, method),
-        )
+def warm(out: pathlib.Path, name: str, number: str) -> int:
+    """Run one of a network's first methods once, so that its code is in the caches."""
+    this = Stage(f"warm-{name}-{number}", stage.Options(out))
+    method = [method for method in METHODS if method.name in FIRST][int(number)]
+    this.attempt(f"{name}, {method.name}", lambda: _ready(this.device, this.dry, name, method))
     return this.finish()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--warm"]:
-        sys.exit(warm(pathlib.Path(sys.argv[3]), sys.argv[2]))
+        sys.exit(warm(pathlib.Path(sys.argv[4]), sys.argv[2], sys.argv[3]))
     sys.exit(stage.main("steps", run))

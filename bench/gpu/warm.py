@@ -6,6 +6,7 @@ here is compiled when it is first launched and only costs time.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from bench.gpu.stage import Stage
 from ghl_kernels.backends.triton import arch as architectures
 from ghl_kernels.backends.triton.launch import recording
 
+CORES = os.cpu_count() or 1
 RACERS = 3  # processes that compile the races' rivals
 END = 3.0  # seconds in which everything that runs can be ended
 Calls = Callable[[], Iterable[Callable[[], object]]]
@@ -32,7 +34,7 @@ def run(this: Stage) -> None:
         _rehearse(this)
         return
     apart = _start(this)
-    compiler = Compiler(os.cpu_count() or 1)
+    compiler = Compiler(max(2, CORES - len(apart)))
     arch = architectures.of(this.device)
     with ghl.use_backend("triton"):
         for name, calls in _calls(this).items():
@@ -50,8 +52,8 @@ def run(this: Stage) -> None:
 
 
 def _calls(this: Stage) -> dict[str, Calls]:
-    """By stage, those that need the most kernels first."""
-    modules = {"parity": parity, "pair": pair, "kwta": kwta, "races": races, "steps": steps}
+    """By stage; what few kernels decide much comes first."""
+    modules = {"pair": pair, "kwta": kwta, "parity": parity, "races": races, "steps": steps}
     return {
         name: lambda module=module: module.calls(this.device, this.dry)
         for name, module in (modules | {"scaling": scaling}).items()
@@ -75,9 +77,12 @@ def _record(this: Stage, name: str, calls: Calls, compiler: Compiler, arch: arch
 
 
 def _start(this: Stage) -> dict[str, subprocess.Popen[bytes]]:
-    """What others compile: a process for every network with a bar, some for the races, one for each other."""
+    """What others compile: a process for every step with a bar, some for the races, one for each other."""
     out = str(this.out)
-    commands = {f"steps {name}": ["steps", "--warm", name, out] for name in steps.BARRED}
+    commands = {
+        f"steps {name} {i}": ["steps", "--warm", name, str(i), out]
+        for name, i in itertools.product(steps.BARRED, range(len(steps.FIRST)))
+    }
     commands |= {f"races {i}": ["races", "--warm", str(i), str(RACERS), out] for i in range(RACERS)}
     commands |= {"pair": ["rivals", out], "scaling": ["scaling", "--warm", out]}
     commands |= {
@@ -86,7 +91,7 @@ def _start(this: Stage) -> dict[str, subprocess.Popen[bytes]]:
     if torch.cuda.get_device_capability() == (9, 0):
         commands["forms"] = ["debug_waits", str(this.cache)]
     commands = {name: rest for name, rest in commands.items() if _is_wanted(this, name.split()[0])}
-    threads = max(1, (os.cpu_count() or 1) // max(1, len(commands)))
+    threads = max(2, CORES // max(1, len(commands)))
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
     return {
         name: subprocess.Popen([sys.executable, "-m", f"bench.gpu.{module}", *options], env=environment)
