@@ -288,6 +288,30 @@ def test_sum_of_one_split_is_no_copy() -> None:
     assert epilogue.sum_splits(parts).data_ptr() == parts.data_ptr()
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    ("units", "taps", "padded", "channels"), [(5, 9, 8, 3), (70, 1, 24, 19), (3, 25, 16, 16)]
+)
+def test_sum_filters_orders_as_a_weight(
+    splits: int, units: int, taps: int, padded: int, channels: int
+) -> None:
+    """What a weight has no place for is not read: it may be anything."""
+    parts = torch.randn(splits, units, taps, padded)
+    parts[..., channels:] = math.nan
+    total = torch.zeros(units, taps, padded)
+    for part in parts:
+        total += part
+    expected = total[..., :channels].movedim(-1, 1)
+    result = epilogue.sum_filters(parts, channels)
+    assert result.is_contiguous()
+    assert torch.equal(result, expected)
+
+
+def test_a_weight_whose_order_is_the_sum_s_is_no_copy() -> None:
+    parts = torch.randn(1, 4, 1, 16)
+    assert epilogue.sum_filters(parts, 16).data_ptr() == parts.data_ptr()
+
+
 def test_a_wrong_decay_would_be_seen() -> None:
     job = random_job("delta", (5, 19))
     run("delta", [job])

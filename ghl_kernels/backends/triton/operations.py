@@ -35,9 +35,9 @@ class TritonOperations(Operations):
             return CUDA_OPERATIONS.correlate(x, u, grad_u, state, competition, shape)
         if state is None and not correlate.makes_state(x, u, grad_u, competition):
             state = self.competing.state(u, competition)
-        A, G = correlate.correlate(x, u, grad_u, state, competition)
+        A, G = correlate.correlate(x, u, grad_u, state, competition, channels=shape[1])
         assert A is not None
-        return _as_filters(A, shape), None if G is None else _as_filters(G, shape)
+        return A.view(shape), None if G is None else G.view(shape)
 
     def takes_library(self, x: Patches, units: int, *, pair: bool) -> bool:
         problem = _problem(x, units, pair=pair)
@@ -60,12 +60,6 @@ def _problem(x: Patches, units: int, *, pair: bool) -> config.Problem:
         makes_y=True,
         state_here=False,
     )
-
-
-def _as_filters(sums: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(units, taps * padded channels) as a contiguous tensor of the weight's shape."""
-    taps_last = sums.view(shape[0], *shape[2:], -1)[..., : shape[1]]
-    return taps_last.movedim(-1, 1).contiguous()
 
 
 OPERATIONS = TritonOperations()

@@ -21,7 +21,7 @@ from ghl_kernels.backends.triton import config
 from ghl_kernels.backends.triton.arch import of as arch_of
 from ghl_kernels.backends.triton.kernels import compete
 from ghl_kernels.backends.triton.kernels.activity import LOG2E, activities, constants, load_state
-from ghl_kernels.backends.triton.kernels.epilogue import sum_splits
+from ghl_kernels.backends.triton.kernels.epilogue import sum_filters
 from ghl_kernels.backends.triton.kernels.patch import GEOMETRY, locate, split_tap
 from ghl_kernels.backends.triton.launch import launch
 from ghl_kernels.rule import Competition
@@ -232,11 +232,13 @@ def correlate(
     grad: Responses | None,
     state: State | None,
     competition: Competition,
+    *,
+    channels: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A (if u is given) and G (if grad is), float32 (units, taps * channels).
+    """A (if u is given) and G (if grad is), float32 (units, channels, taps).
 
-    Fast where the channels of x are contiguous. ``state`` None: it is computed, in this kernel where
-    config.state_here says so.
+    ``channels`` of a group are wanted, all by default; those of x from there on are padding. Fast where the
+    channels of x are contiguous. ``state`` None: it is computed, in this kernel where makes_state says so.
     """
     some = u or grad
     assert some is not None
@@ -260,7 +262,7 @@ def correlate(
     arch = arch_of(x.tensor.device)
     tile = config.tile(problem, arch)
     slices = config.slices(problem, tile, arch)
-    shape = (slices.number, some.units, problem.columns)
+    shape = (slices.number, some.units, x.taps, x.channels)
     what = f"the sums of {some.units} units over {problem.columns} inputs at {some.positions} positions"
     a = workspace(shape, x.tensor.device, what) if u else None
     g = workspace(shape, x.tensor.device, what) if grad else None
@@ -294,7 +296,11 @@ def correlate(
         POSITIONS=tile.positions,
         STAGES=tile.stages,
     )
-    return sum_splits(a) if a is not None else None, sum_splits(g) if g is not None else None
+    wanted = channels or x.channels
+    return (
+        sum_filters(a, wanted) if a is not None else None,
+        sum_filters(g, wanted) if g is not None else None,
+    )
 
 
 def makes_state(x: Patches, u: Responses, grad: Responses | None, competition: Competition) -> bool:

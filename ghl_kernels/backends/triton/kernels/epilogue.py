@@ -356,6 +356,24 @@ def sum_splits_kernel(parts, result, splits, size, BLOCK: tl.constexpr):
     tl.store(result + index, total, mask=mask)
 
 
+@triton.jit(do_not_specialize=["splits", "size", "part_size", "channels", "padded", "taps"])
+def sum_filters_kernel(parts, result, splits, size, part_size, channels, padded, taps, BLOCK: tl.constexpr):
+    """result[n, c, t] = sum of parts[s, n, t, c], in the order of s; of the parts' ``padded`` channels."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    columns = channels * taps
+    # one wide division a program, so that those of every element are narrow
+    first = start // columns
+    offset = (start - first * columns).to(tl.int32) + tl.arange(0, BLOCK)
+    row, column = offset // columns, offset % columns
+    mask = start + tl.arange(0, BLOCK) < size
+    parts += ((first + row) * taps + column % taps) * padded + column // taps
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        total += tl.load(parts, mask=mask, other=0.0)
+        parts += part_size
+    tl.store(result + start + tl.arange(0, BLOCK), total, mask=mask)
+
+
 def delta(jobs: Sequence[Job]) -> None:
     """out <- H of every layer: what eager.delta returns."""
     run(jobs, functools.partial(_launch_both, "delta", 0.0))
@@ -383,6 +401,32 @@ def sum_splits(parts: Tensor) -> Tensor:
         result=result,
         splits=parts.shape[0],
         size=result.numel(),
+        BLOCK=SUM_BLOCK,
+        warps=_WARPS,
+    )
+    return result
+
+
+def sum_filters(parts: Tensor, channels: int) -> Tensor:
+    """The same sum of parts (S, units, taps, C) in a weight's order, (units, channels, taps), channels <= C.
+
+    A pass over the sum of its own would read and write as much again as two splits.
+    """
+    splits, units, taps, padded = parts.shape
+    if taps == 1 and padded == channels:
+        return sum_splits(parts).view(units, channels, taps)
+    result = torch.empty((units, channels, taps), dtype=torch.float32, device=parts.device)
+    launch(
+        sum_filters_kernel,
+        triton.cdiv(result.numel(), SUM_BLOCK),
+        parts=parts,
+        result=result,
+        splits=splits,
+        size=result.numel(),
+        part_size=parts.stride(0),
+        channels=channels,
+        padded=padded,
+        taps=taps,
         BLOCK=SUM_BLOCK,
         warps=_WARPS,
     )
