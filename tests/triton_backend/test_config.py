@@ -49,7 +49,7 @@ def problems(draw: st.DrawFn) -> Problem:
     taps = draw(st.sampled_from((1, 3, 4, 9, 25, 27, 49)))
     groups = draw(st.sampled_from((1, 1, 2, 32)))
     itemsize = draw(st.sampled_from((2, 4)))
-    makes_y, aligned = draw(st.booleans()), draw(st.booleans())
+    makes_y, aligned, long = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     return Problem(
         units,
         taps * channels,
@@ -60,10 +60,12 @@ def problems(draw: st.DrawFn) -> Problem:
         results=draw(st.sampled_from((1, 2))) if makes_y else 1,
         makes_y=makes_y,
         state_here=makes_y
+        and not long
         and config.state_here(units, taps * channels, groups, itemsize, aligned, SOFTMAX)
         and draw(st.booleans()),
         aligned=aligned,
         bounded=draw(st.booleans()),
+        long=long,
     )
 
 
@@ -73,8 +75,8 @@ def operand_bytes(problem: Problem, tile: config.Tile, chip: arch.Arch) -> int:
     return (tile.stages - chip.is_amd) * tile.positions * a_stage * problem.itemsize
 
 
-@given(problem=problems(), chip=st.sampled_from(list(arch.KNOWN.values())))
-@settings(max_examples=600)
+@given(problem=problems(), chip=st.sampled_from([*arch.KNOWN.values(), *arch.CONSUMER.values()]))
+@settings(max_examples=1000)
 def test_tiles_fit(problem: Problem, chip: arch.Arch) -> None:
     """Sizes that tl.dot takes; accumulators in registers; operands in shared memory; state complete."""
     for tile in config.candidates(problem, chip):
@@ -85,6 +87,17 @@ def test_tiles_fit(problem: Problem, chip: arch.Arch) -> None:
         if problem.state_here:
             assert tile.units >= problem.units
     assert config.tile(problem, chip) in list(config.candidates(problem, chip))
+
+
+def test_offsets_of_64_bits_take_tiles_with_fewer_accumulators() -> None:
+    """On sm_90, where those of wgmma and 64-bit offsets together spill."""
+    chip = arch.KNOWN["sm_90"]
+    problem = Problem(384, 864, 96, 1 << 24, 1, 2, 2, makes_y=True, state_here=False)
+    assert config.tile(problem, chip).units == 64
+    for results, makes_y in ((2, True), (1, True), (1, False)):
+        long = problem._replace(results=results, makes_y=makes_y, long=True)
+        for tile in config.candidates(long, chip):
+            assert results * tile.units * tile.columns / (tile.warps * chip.warp) <= 64
 
 
 @given(problem=problems(), chip=st.sampled_from(list(arch.KNOWN.values())))

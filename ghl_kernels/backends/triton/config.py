@@ -38,6 +38,7 @@ class Problem(NamedTuple):
     state_here: bool  # the softmax is computed in the kernel
     aligned: bool = True  # the units of u and dL/du are contiguous, in whole 16-byte vectors
     bounded: bool = True  # activities are a softmax, or those of winners
+    long: bool = False  # offsets take 64 bits
 
 
 class Tile(NamedTuple):
@@ -97,10 +98,11 @@ def _wgmma_candidates(problem: Problem) -> Iterator[Tile]:
     """sm_90, 16 bits. Fewer than 64 units a tile use mma.sync; narrow tiles with wgmma are serialized.
 
     In Triton 3.6 so is every tile of 64 units whose y is alone and from strided u, and many with a y that has
-    no state to bound it (C7515).
+    no state to bound it (C7515). Offsets of 64 bits leave two such accumulators too few registers.
     """
     narrow = problem.columns <= 128
     serialized = narrow or not problem.bounded or (problem.results == 1 and not problem.aligned)
+    serialized |= problem.long
     if problem.units <= 16:
         yield Tile(16, 64 if narrow else 256, 64, 4 if narrow else 8, 3)
     elif problem.units <= 32 or (problem.makes_y and serialized):
@@ -117,7 +119,7 @@ def _wgmma_candidates(problem: Problem) -> Iterator[Tile]:
         if problem.units > 64 and not problem.state_here:
             yield Tile(128, 128, 64, 8, 3)
     else:
-        if problem.units > 64 and not narrow:
+        if problem.units > 64 and not narrow and not problem.long:
             yield Tile(128, 256, 64, 8, 3)
         yield Tile(64, 64 if narrow else 256, 64, 4 if narrow else 8, 3)
 

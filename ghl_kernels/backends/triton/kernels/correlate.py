@@ -258,6 +258,7 @@ def correlate(
         state_here=here,
         aligned=_unit_vector(u, grad, some.units // x.groups) > 1,
         bounded=competition.activity == "softmax" or competition.winners > 0,
+        long=_is_long(x, u, grad),
     )
     arch = arch_of(x.tensor.device)
     tile = config.tile(problem, arch)
@@ -289,7 +290,7 @@ def correlate(
         **constants(competition),
         STATE_HERE=problem.state_here,
         WITHIN_TAP=config.within_tap(problem, tile),
-        LONG=is_long(some.positions, x.tensor, *(view.tensor for view in (u, grad) if view)),
+        LONG=problem.long,
         PRECISION=config.precision(x.tensor.dtype, is_conv=x.dims > 0, arch=arch),
         UNITS=tile.units,
         COLUMNS=tile.columns,
@@ -304,10 +305,19 @@ def correlate(
 
 
 def makes_state(x: Patches, u: Responses, grad: Responses | None, competition: Competition) -> bool:
-    """Whether :func:`correlate` computes the state in its own kernel if it is given none."""
+    """Whether :func:`correlate` computes the state in its own kernel if it is given none.
+
+    Not with offsets of 64 bits, which leave no registers for tiles of all units.
+    """
+    if _is_long(x, u, grad):
+        return False
     aligned = _unit_vector(u, grad, u.units // x.groups) > 1
     columns, itemsize = x.taps * x.channels, x.tensor.element_size()
     return config.state_here(u.units, columns, x.groups, itemsize, aligned, competition)
+
+
+def _is_long(x: Patches, u: Responses | None, grad: Responses | None) -> bool:
+    return is_long(x.positions, x.tensor, *(view.tensor for view in (u, grad) if view))
 
 
 def _state_arguments(state: State | None) -> dict[str, Any]:
