@@ -21,7 +21,7 @@ from bench.gpu.stage import DRY_RUN, write_json
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOL = ROOT / "tools" / "gpu_check"
-MEASURED = tuple(name for name in summary.STAGES if name not in ("counters", "tests"))
+MEASURED = tuple(name for name in summary.STAGES if name not in ("forms", "counters", "tests"))
 
 
 def load_tool() -> ModuleType:
