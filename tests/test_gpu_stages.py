@@ -97,9 +97,18 @@ def test_outcomes_of_tests_are_rows(stage: Stage) -> None:
 
 
 def test_a_form_is_broken_by_more_than_rounding() -> None:
-    assert not forms._is_wrong([{"A": 0.1, "G": 3.0}], forms.WRONG)
-    assert forms._is_wrong([{"A": 0.1}, {"G": 5.0}], forms.WRONG)
-    assert forms._is_wrong([{"A": "inf"}], forms.WRONG)
+    def ended(*rows: dict[str, Any], complete: bool = True, **fields: Any) -> dict[str, Any]:
+        return {"results": {"forms": list(rows)}, "complete": complete, **fields}
+
+    assert not forms._is_broken(ended({"A": 0.1, "G": 3.0}, errors=["G is off"]))
+    assert forms._is_broken(ended({"A": 0.1}, {"G": 5.0}))
+    assert forms._is_broken(ended({"A": "inf"}))
+    # it hangs in a case, or was too slow to begin with one
+    assert forms._is_broken(ended({"A": 0.1}, complete=False, doing="3-d"))
+    assert not forms._is_broken(ended(complete=False))
+    # one case is refused, or nothing works
+    assert not forms._is_broken(ended({"A": 0.1}, errors=["refused"]))
+    assert forms._is_broken(ended({"A": 0.1}, errors=["refused", "refused"]))
     assert (
         forms._excess(
             torch.tensor([[[torch.nan]]]), torch.ones(1, 1).double(), torch.ones(1, 1, 1).double(), 1.0

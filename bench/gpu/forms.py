@@ -38,6 +38,7 @@ FEWEST = ("one of everything", "image")  # in a dry run
 # Of the sum of absolute products. y may be rounded the other way, tf32 has 10 bits, and tensor cores cut off
 # what an addition leaves below their accumulator; a term that is wrong or missing is hundreds of times that.
 ROUNDED_Y, TF32, SUMMED = 2.0**-8, 2.0**-9, 2.0**-16
+START = 10.0  # seconds in which a process has begun
 WRONG = 4.0  # times what is allowed: no other way of rounding explains that
 
 
@@ -58,7 +59,7 @@ def _apart(this: Stage, form: str) -> None:
     """Run a form's cases in a process and take over what it has written."""
     name = f"forms-{form}"
     command = [sys.executable, "-m", "bench.gpu.forms", "--form", form, "--out", str(this.out)]
-    command += ["--cache", str(this.cache), "--seconds", str(max(1, round(this.left - 5)))]
+    command += ["--cache", str(this.cache), "--seconds", str(max(1, round(this.left - START)))]
     command += ["--dry-run"] if this.dry else ["--small"] if this.small else []
     environment = dict(os.environ)
     if form == "wgmma" and (built := debug_waits.folder(this.cache)):
@@ -69,15 +70,27 @@ def _apart(this: Stage, form: str) -> None:
         status = f"status {done.returncode}"
     except subprocess.TimeoutExpired:
         status = "no end"
-    document = read_json(this.out / f"{name}.json") or {"results": {}, "errors": [], "complete": False}
-    this.add("forms", *document["results"].get("forms", []))
-    this.errors += document["errors"]
+    document = read_json(this.out / f"{name}.json") or {"results": {}, "complete": False}
+    rows, errors = document["results"].get("forms", []), document.get("errors", [])
+    this.add("forms", *rows)
+    this.errors += errors
+    for what in document.get("not_done", []):
+        this.absent(form, what)
     if not document["complete"]:
         this.errors.append(f"{form}: {status}, while it was busy with {document.get('doing')}")
-    rows = document["results"].get("forms", [])
-    raised = len(document["errors"]) > sum(_is_wrong([row], 1.0) for row in rows)
-    if raised or not document["complete"] or _is_wrong(rows, WRONG):
+    if _is_broken(document):
         this.add("broken", {"form": form})
+
+
+def _is_broken(document: dict[str, Any]) -> bool:
+    """Whether a form gave up in the middle of a case, fails more often than not, or sums what it should not.
+
+    A process that has not even begun was slow, and a case that is refused says nothing of the others.
+    """
+    rows = document["results"].get("forms", [])
+    stopped = not document["complete"] and "doing" in document
+    raised = len(document.get("errors", [])) - sum(_is_wrong([row], 1.0) for row in rows)
+    return stopped or raised > len(rows) or _is_wrong(rows, WRONG)
 
 
 def _is_wrong(rows: list[dict[str, Any]], limit: float) -> bool:

@@ -6,6 +6,8 @@ of the one before it.
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 # Of the caching allocator's two pools, whose blocks are at most and above a MiB.
@@ -15,7 +17,7 @@ _COUNT = 8
 
 def poison(device: torch.device) -> None:
     """Fill memory that is free, so that what is allocated next is not a result."""
-    if device.type == "cuda":
+    if device.type == "cuda" and "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ:
         blocks = [torch.full((_SMALL,), torch.nan, device=device) for _ in range(_COUNT)]
         blocks.append(torch.full((_LARGE,), torch.nan, device=device))
         del blocks
