@@ -168,6 +168,12 @@ def test_what_is_wrong_is_neither_timed_nor_chosen(stage: Stage) -> None:
     assert errors["good"] == 0.0
 
 
+def test_auto_is_measured_against_the_best_of_the_same_rounds() -> None:
+    assert pair._of_best({"auto": 3.0, "cuda": 2.0, "tile": 4.0}) == 1.5
+    assert pair._of_best({"cuda": 2.0}) is None
+    assert pair._of_best({"auto": 3.0}) is None
+
+
 def test_the_table_of_shapes_takes_the_fastest() -> None:
     problem = config.Problem(64, 576, 64, 1000, 1, 2, 2, True, True)
     table: dict[str, Any] = {}

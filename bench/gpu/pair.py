@@ -118,8 +118,8 @@ def _measure(this: Stage, job: Job, limits: dict[str, float], table: dict[str, A
     for name, sample in timed.items():
         row = {"layer": job.layer.name, "rule": job.rule_name, "what": name, "error": errors.get(name)}
         row |= sample.row() | _rates(job, sample, floor, rival)
-        if name == AUTO and (best := min((v for n, v in _seconds(beside).items() if n != AUTO), default=0.0)):
-            row["of_best"] = _seconds(beside)[AUTO] / best
+        if name == AUTO:
+            row["of_best"] = _of_best(_seconds(beside))
         this.add("pair" if job.product == "pair" else "sums", row)
 
 
@@ -217,6 +217,11 @@ def _beside(
     limit = _CLOSE * min(known.values())
     near = {name: exact[name] for name, value in known.items() if value <= limit}
     return time_all({**auto, **near}, sets=sets, device=this.device)
+
+
+def _of_best(seconds: dict[str, float]) -> float | None:
+    others = [value for name, value in seconds.items() if name != AUTO]
+    return seconds[AUTO] / min(others) if AUTO in seconds and others else None
 
 
 def _rates(job: Job, sample: Timed, floor: float | None, rival: float | None) -> dict[str, Any]:
