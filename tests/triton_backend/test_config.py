@@ -89,6 +89,27 @@ def test_tiles_fit(problem: Problem, chip: arch.Arch) -> None:
     assert config.tile(problem, chip) in list(config.candidates(problem, chip))
 
 
+@pytest.mark.parametrize(
+    ("name", "results", "default", "number"),
+    [
+        ("sm_80", 2, (64, 128, 32, 8, 3), 3),
+        ("sm_80", 1, (128, 128, 32, 8, 3), 3),
+        ("sm_90", 2, (64, 256, 64, 8, 3), 4),
+        ("sm_90", 1, (64, 256, 64, 8, 4), 4),
+        ("sm_100", 2, (64, 256, 32, 8, 3), 2),
+        ("gfx942", 2, (64, 128, 32, 8, 2), 2),
+    ],
+)
+def test_there_are_tiles_to_choose_from(
+    name: str, results: int, default: tuple[int, ...], number: int
+) -> None:
+    """What a measurement compares; the default is the first one."""
+    problem = Problem(384, 864, 96, 1 << 17, 1, 2, results, makes_y=True, state_here=False)
+    tiles = list(config.candidates(problem, arch.KNOWN[name]))
+    assert tiles[0] == default
+    assert len(set(tiles)) == len(tiles) == number
+
+
 def test_offsets_of_64_bits_take_tiles_with_fewer_accumulators() -> None:
     """On sm_90, where those of wgmma and 64-bit offsets together spill."""
     chip = arch.KNOWN["sm_90"]

@@ -113,11 +113,13 @@ def _wgmma_candidates(problem: Problem) -> Iterator[Tile]:
     elif problem.state_here and problem.units > 64:
         yield Tile(256, 64, 32 if problem.results == 2 else 64, 8, 3)
     elif problem.results == 2:
-        yield Tile(64, 256, 64, 8, 3)
+        yield from (Tile(64, 256, 64, 8, stages) for stages in (3, 2, 4))
+        if problem.aligned and not problem.state_here:
+            yield Tile(32, 256, 64, 8, 3)
     elif problem.makes_y:
-        yield Tile(64, 256, 64, 8, 4)
+        yield from (Tile(64, 256, 64, 8, stages) for stages in (4, 3))
         if problem.units > 64 and not problem.state_here:
-            yield Tile(128, 128, 64, 8, 3)
+            yield from (Tile(128, 128, 64, 8, stages) for stages in (3, 4))
     else:
         if problem.units > 64 and not narrow and not problem.long:
             yield Tile(128, 256, 64, 8, 3)
@@ -127,22 +129,28 @@ def _wgmma_candidates(problem: Problem) -> Iterator[Tile]:
 def _mma_candidates(problem: Problem, arch: Arch) -> Iterator[Tile]:
     """Other NVIDIA architectures, 16 bits."""
     narrow = problem.columns <= 128
+    # it holds the accumulators; elsewhere four warps have too few registers for two of them
+    in_tensor_memory = arch.name.startswith("sm_10")
     if problem.units <= 32:
         units = 16 if problem.units <= 16 else 32
         yield Tile(units, 64 if narrow else 128, 64 if problem.aligned else 32, 4, 2)
     elif problem.state_here and problem.units > 64:
         yield Tile(256, 64, 32, 8, 2)
     elif problem.results == 2 or problem.state_here:
-        if arch.name.startswith("sm_10") and not narrow:
+        if in_tensor_memory and not narrow:
             yield Tile(64, 256, 32, 8, 3)
-        if arch.name.startswith("sm_8"):
-            yield Tile(64, 128, 32, 8, 3 if problem.bounded else 2)
-        else:
+        if in_tensor_memory:
             yield Tile(64, 128, 32, 4, 3)
+        else:
+            yield from (Tile(64, 128, 32, 8, stages) for stages in ((3, 2) if problem.bounded else (2,)))
+            if problem.bounded and not problem.state_here and not problem.long:
+                yield Tile(64, 128, 64, 8, 2)
     else:
         if problem.units > 64:
             yield Tile(128, 128, 32, 8, 3)
-        yield Tile(64, 128, 32, 8 if arch.name.startswith("sm_8") else 4, 3)
+        yield Tile(64, 128, 32, 4 if in_tensor_memory else 8, 3)
+        if not in_tensor_memory and problem.makes_y and not problem.long:
+            yield Tile(64, 128, 64, 8, 3)
 
 
 def _mfma_candidates(problem: Problem) -> Iterator[Tile]:
@@ -155,6 +163,8 @@ def _mfma_candidates(problem: Problem) -> Iterator[Tile]:
         if problem.results == 1 and problem.units > 64 and not problem.state_here:
             yield Tile(128, 128, 32, 8, 2)
         yield Tile(64, 128, 32, 8, 2)
+        if problem.results == 2 and not problem.long:
+            yield Tile(64, 64, 64, 4, 2)
 
 
 def registers(tile: Tile, arch: Arch) -> int | None:
