@@ -166,6 +166,15 @@ def test_layouts_and_ties(layout: str, dtype: torch.dtype, units: int) -> None:
         assert guards_intact(u)
 
 
+@pytest.mark.races
+@pytest.mark.parametrize(
+    ("units", "layout"), [(70, "rows"), (70, "planes"), (1100, "rows"), (1100, "planes")]
+)
+def test_each_kernel(units: int, layout: str) -> None:
+    u, dim = make(units, layout, torch.bfloat16, coarse)
+    check(u, dim, Competition("softmax", 9, 0.5, True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 5, 16, 17, 32, 33, 500])
 def test_lowest_of_equals(dtype: torch.dtype, k: int) -> None:

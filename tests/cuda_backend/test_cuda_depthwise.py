@@ -224,7 +224,10 @@ def test_infinite_inputs_reach_the_units_that_saw_them(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("name", ["2d 10 taps", "2d two units a channel", "slices of a row"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("2d 10 taps", marks=pytest.mark.races), "2d two units a channel", "slices of a row"],
+)
 def test_the_same_bits_in_every_order_of_threads(cuda: ModuleType, name: str, layout: str) -> None:
     given = random_case(name, layout=layout)
     expected = run(given)

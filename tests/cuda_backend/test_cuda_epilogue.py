@@ -67,6 +67,7 @@ def test_every_rule_over_mixed_shapes(decay: str, normalize: str, operation: str
     assert_right(operation, [random_job(operation, shape, decay, normalize) for shape in SHAPES])
 
 
+@pytest.mark.races
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_mixed_rules_and_dtypes_in_one_call(operation: str) -> None:
     rules = [("oja", "layer"), ("instar", "filter"), ("sanger", "mean"), ("none", "none")]
@@ -278,6 +279,12 @@ def test_the_module_itself_skips_empty_layers(cuda: ModuleType) -> None:
     cuda.foreach_epilogue(layers=[none, none], **arguments)
 
 
+def test_a_missing_workspace_is_refused(cuda: ModuleType) -> None:
+    layers = [epilogue._layer(random_job("delta", shape, normalize="layer")) for shape in ((5, 19), (7, 3))]
+    with pytest.raises(RuntimeError, match=r"delta of \[5, 19\], \[7, 3\]: no workspace"):
+        cuda.foreach_epilogue(layers=layers, dtype=0, target=1, rate=0.0, workspace=0, device=0, stream=0)
+
+
 @pytest.mark.parametrize(("field", "value"), [("decay", 3), ("normalize", -1)])
 def test_codes_that_do_not_exist(field: str, value: int, cuda: ModuleType) -> None:
     layer = epilogue._layer(random_job("delta", (5, 19)))._replace(**{field: value})
@@ -369,6 +376,7 @@ def test_step_over_mixed_layers(name: str, dtype: torch.dtype) -> None:
     assert_steps(layers if options.momentum else [without_momentum(layer) for layer in layers], options)
 
 
+@pytest.mark.races
 def test_step_of_two_dtypes_and_more_layers_than_a_launch_takes() -> None:
     layers = [random_step(SHAPES[i % len(SHAPES)], dtype=DTYPES[i % 2]) for i in range(60)]
     assert_steps(layers, OPTIONS["nesterov"])

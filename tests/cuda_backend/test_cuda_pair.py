@@ -211,6 +211,16 @@ def test_layouts(
     assert all(guards_intact(t) for t in (x, u, grad) if t._base is not None and t._base.isnan().any())
 
 
+@pytest.mark.races
+@pytest.mark.parametrize("features", [24, 136], ids=["narrow", "wide"])
+def test_a_ring_that_is_filled_more_than_once(features: int) -> None:
+    x, u, grad = (torch.randn(200, size).bfloat16() for size in (features, 40, 40))
+    competition = SOFTMAX.competition(40)
+    A, G = sums(x, u, grad, None, state_of(u, competition), competition)
+    assert_is(A, reference.compete(u.double(), SOFTMAX, 1), x, (40, features), None)
+    assert_is(G, grad, x, (40, features), None)
+
+
 def test_padded_channels_are_dropped() -> None:
     """Channels of x from ``channels`` on are not in the results, whatever they hold."""
     geometry = Geometry((2, 2), (1, 1), (0, 0), (1, 1), 2)
