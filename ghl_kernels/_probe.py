@@ -99,8 +99,10 @@ class Probe:
 
     def _may_be_due(self, weight: Tensor) -> bool:
         """Spares the operation's call; a compiled graph has to ask inside the operation."""
+        if not (torch.compiler.is_compiling() or self.is_due(weight)):
+            return False
         self.follow(weight.device)
-        return torch.compiler.is_compiling() or self.is_due(weight)
+        return True
 
     @torch.no_grad()
     def count_winners(self, histogram: Tensor, u: Tensor, dim: int) -> None:
