@@ -65,7 +65,7 @@ def _stage_row(stage: str, row: dict[str, Any]) -> Row:
     """A row of a stage's document; times are in microseconds there."""
     case = ", ".join(str(row[field]) for field in ("layer", "rule", "case", "network") if field in row)
     name = str(row.get("what") or row.get("method"))
-    is_ours = name.startswith(("configured", "tile", "cuda", "triton", "GHL"))
+    is_ours = name.startswith(("auto", "configured", "tile", "cuda", "triton", "GHL"))
     name = f"ghl {name}" if is_ours and not name.startswith("GHL") else name
     if row.get("us") is None:
         return Row(suite=stage, case=case, name=name, error=str(row.get("problem", "not timed")))

@@ -103,7 +103,7 @@ class Monitor:
     Args:
         model: the model, or a wrapper of it (DistributedDataParallel, torch.compile).
         every: each layer is observed in its first step and every ``every``-th from then on. An observed
-            step costs some percent; the default keeps the average below 1%.
+            step costs a third to a half more; the default keeps the average below 1%.
         positions: winners are counted at about this many positions of a pass at most, in whole items evenly
             spaced over the batch.
 
@@ -116,7 +116,7 @@ class Monitor:
             Monitor watches, or one whose weight is sharded.
     """
 
-    def __init__(self, model: nn.Module, every: int = 50, *, positions: int = 65536) -> None:
+    def __init__(self, model: nn.Module, every: int = 100, *, positions: int = 65536) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         _check_count("every", every)
