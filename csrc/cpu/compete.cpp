@@ -14,11 +14,15 @@ namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// A first-level data cache. More groups in a tile make longer runs of positions in memory.
-constexpr int64_t kTileBytes = 32 * 1024;
+// More groups in a tile make longer runs of positions in memory. The second-level cache holds the tile, the
+// next one's u and y.
+constexpr int64_t kTileBytes = 128 * 1024;
 constexpr int64_t kMaxGroups = 4;
 
-// Planes that a tile is read and written ahead of: their stride is out of the hardware prefetchers' reach.
+// What is worth counting on of a first-level data cache.
+constexpr int64_t kFirstLevelBytes = 32 * 1024;
+
+// Planes that a tile is read ahead of: their stride is out of the hardware prefetchers' reach.
 // A prefetch past the end does nothing.
 constexpr int64_t kAhead = 8;
 
@@ -26,6 +30,7 @@ constexpr int64_t kAhead = 8;
 
 struct Plan {
   int64_t rows;  // positions of the whole batch
+  int64_t group_bytes;
   int64_t groups_per_tile;
   int64_t tiles;
 };
@@ -37,8 +42,8 @@ GHL_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 Plan make_plan(const CompeteParams& params) {
   Plan plan;
   plan.rows = params.batch * params.positions;
-  const int64_t group_bytes = params.units * kLanes * static_cast<int64_t>(sizeof(float));
-  plan.groups_per_tile = at_most(at_least(kTileBytes / group_bytes, 1), kMaxGroups);
+  plan.group_bytes = params.units * kLanes * static_cast<int64_t>(sizeof(float));
+  plan.groups_per_tile = at_most(at_least(kTileBytes / plan.group_bytes, 1), kMaxGroups);
   plan.tiles = divide_up(plan.rows, plan.groups_per_tile * kLanes);
   return plan;
 }
@@ -278,7 +283,6 @@ void activate_winners(const Group& group, Activity activity) {
   const Floats losers = select(group.extremes.nan, quiet_nan(), broadcast(0.0f));
   for (int64_t n = 0; n < group.params.units; ++n) {
     const Floats u = load(group.data + n * kLanes);
-    __builtin_prefetch(group.y + (n + kAhead) * group.y_stride, 1);
     store(group.y + n * group.y_stride, select(referee.winners(u), negate(u, activity(u)), losers));
   }
 }
@@ -426,10 +430,41 @@ bool is_one_run(const CompeteParams& params, const Plan& plan, const Layout& lay
   return layout.stride_position == 1 && first % params.positions + positions <= params.positions;
 }
 
-template <class T>
-T* find_position(T* base, const Layout& layout, const CompeteParams& params, int64_t row) {
-  return base + row / params.positions * layout.stride_batch +
-         row % params.positions * layout.stride_position;
+int64_t offset_of(int64_t row, const Layout& layout, const CompeteParams& params) {
+  return row / params.positions * layout.stride_batch + row % params.positions * layout.stride_position;
+}
+
+// The pieces of the tile at row, from one of them on.
+Stream find_stream(const void* data, DType dtype, const Layout& layout, const CompeteParams& params,
+                   const Plan& plan, int64_t row, int64_t first_piece) {
+  const int64_t size = dtype == DType::bf16 ? 2 : 4;
+  const int64_t piece = kLanes * size;
+  const int64_t whole = piece * plan.groups_per_tile;
+  const int64_t run = layout.stride_unit == 1 ? whole : layout.stride_unit * size;
+  const char* tile = static_cast<const char*>(data) + offset_of(row, layout, params) * size;
+  return {tile + first_piece / plan.groups_per_tile * run + first_piece % plan.groups_per_tile * piece, piece,
+          run - whole};
+}
+
+// While group g of the tile at first competes: its share of the next tile's u, and of the y that the next
+// tile writes or, where a group writes a run of its own, the group itself.
+Ahead look_ahead(const CompeteParams& params, const Plan& plan, int64_t first, int64_t g) {
+  // The hardware follows rows by itself; where the group takes the first-level cache's buffers, more
+  // fetches would only delay it.
+  if (params.u_layout.stride_unit == 1 && plan.group_bytes > kFirstLevelBytes) return {};
+  const int64_t after = first + plan.groups_per_tile * kLanes;
+  const int64_t next = after < plan.rows ? after : first;
+  const int64_t piece = g * params.units;
+  Ahead ahead;
+  ahead.pieces = plan.groups_per_tile;
+  ahead.left = ahead.pieces - piece % ahead.pieces;
+  ahead.u = find_stream(params.u, params.u_dtype, params.u_layout, params, plan, next, piece);
+  ahead.y = ahead.u;
+  if (params.y == nullptr) return ahead;
+  const bool is_alone = params.y_layout.stride_unit == 1 || plan.groups_per_tile == 1;
+  ahead.y =
+      find_stream(params.y, params.y_dtype, params.y_layout, params, plan, is_alone ? first : next, piece);
+  return ahead;
 }
 
 template <class T>
@@ -438,7 +473,7 @@ void load_tile(const CompeteParams& params, const Plan& plan, int64_t first, flo
   const Layout& layout = params.u_layout;
   if (is_one_run(params, plan, layout, first)) {
     // unit by unit, so that each visit to a plane takes several lines of it
-    const T* run = find_position(u, layout, params, first);
+    const T* run = u + offset_of(first, layout, params);
     for (int64_t n = 0; n < params.units; ++n, run += layout.stride_unit) {
       const T* ahead = run + kAhead * layout.stride_unit;
       for (int64_t g = 0; g < plan.groups_per_tile; ++g) {
@@ -484,10 +519,11 @@ void compete_tile(const CompeteParams& params, const Plan& plan, int64_t first, 
     float* data = tile + g * params.units * kLanes;
     const int count = static_cast<int>(at_most(plan.rows - row, kLanes));
     Group group{params, data, data, kLanes, row, count, {}, {}};
+    const Ahead ahead = look_ahead(params, plan, first, g);
     if (params.winners > 0) {
-      group.selection = select_winners(data, params.units, params.winners, is_bf16, group.extremes);
+      group.selection = select_winners(data, params.units, params.winners, is_bf16, ahead, group.extremes);
     } else {
-      group.extremes = find_extremes(data, params.units);
+      group.extremes = find_extremes(data, params.units, ahead);
     }
     if (params.y == nullptr) {
       compete_group(group);

@@ -15,6 +15,38 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Up to here the network is faster than bisection (measured; its cost grows with the winners).
 constexpr int64_t kNetworkWinners = 64;
 
+// ---- Memory that is wanted next ----
+
+// The runs of positions of a tile, unit by unit or row by row, in pieces of one group's positions.
+struct Stream {
+  const char* at;  // the next piece
+  int64_t piece;   // bytes
+  int64_t skip;    // bytes from the end of a run to the next
+};
+
+// What is fetched while the units of a group are compared: arithmetic alone would leave the memory idle.
+// The second-level cache takes it, since the group fills the first. Piece after piece of a run, so that the
+// hardware sees neighbors and fetches more of them by itself than a core has buffers for.
+struct Ahead {
+  Stream u{};
+  Stream y{};
+  int64_t pieces = 0;  // of a run; none: nothing is fetched
+  int64_t left = 0;    // of the run begun
+
+  // Once a unit.
+  GHL_INLINE void fetch() {
+    if (pieces == 0) return;
+    __builtin_prefetch(u.at, 0, 2);
+    __builtin_prefetch(y.at, 1, 2);
+    u.at += u.piece;
+    y.at += y.piece;
+    if (--left > 0) return;
+    left = pieces;
+    u.at += u.skip;
+    y.at += y.skip;
+  }
+};
+
 // ---- The extremes of the units ----
 
 struct Extremes {
@@ -22,9 +54,10 @@ struct Extremes {
   Mask nan;  // where a unit is NaN; the largest means nothing there
 };
 
-Extremes find_extremes(const float* group, int64_t units) {
+Extremes find_extremes(const float* group, int64_t units, Ahead ahead) {
   Extremes extremes{load(group), none()};
   for (int64_t n = 0; n < units; ++n) {
+    ahead.fetch();
     const Floats u = load(group + n * kLanes);
     extremes.largest = max(extremes.largest, u);
     extremes.nan = extremes.nan | is_nan(u);
@@ -97,7 +130,7 @@ GHL_INLINE void merge_batch(PartF (&batch)[K], PartF (&top)[K]) {
 // The K largest of one part of the lanes, in descending order, to list[K][16]; NaN to nan[16] where a unit
 // is NaN (the list means nothing there).
 template <int K>
-void network_part(const float* group, int64_t units, float* list, float* nan) {
+void network_part(const float* group, int64_t units, float* list, float* nan, Ahead ahead) {
   PartF top[K];
   PartF batch[K];
   PartF bad = {};
@@ -107,6 +140,7 @@ void network_part(const float* group, int64_t units, float* list, float* nan) {
   for (; n + K <= units; n += K) {
 #pragma GCC unroll 64
     for (int i = 0; i < K; ++i) {
+      ahead.fetch();
       batch[i] = load_part(group + (n + i) * kLanes);
       bad = batch[i] == batch[i] ? bad : batch[i];
     }
@@ -125,11 +159,12 @@ void network_part(const float* group, int64_t units, float* list, float* nan) {
 }
 
 template <int K>
-Selection select_by_network(const float* group, int64_t units, int64_t winners, Extremes& extremes) {
+Selection select_by_network(const float* group, int64_t units, int64_t winners, const Ahead& ahead,
+                            Extremes& extremes) {
   float list[K * kLanes];
   float nan[kLanes];
   for (int lane = 0; lane < kLanes; lane += kWidth) {
-    network_part<K>(group + lane, units, list + lane, nan + lane);
+    network_part<K>(group + lane, units, list + lane, nan + lane, lane == 0 ? ahead : Ahead{});
   }
   extremes = {load(list), is_nan(load(nan))};
   const Floats threshold = load(list + (winners - 1) * kLanes);
@@ -138,14 +173,15 @@ Selection select_by_network(const float* group, int64_t units, int64_t winners, 
   return {threshold, broadcast(static_cast<int32_t>(winners)) - above};
 }
 
-Selection select_few(const float* group, int64_t units, int64_t winners, Extremes& extremes) {
-  if (winners <= 1) return select_by_network<1>(group, units, winners, extremes);
-  if (winners <= 2) return select_by_network<2>(group, units, winners, extremes);
-  if (winners <= 4) return select_by_network<4>(group, units, winners, extremes);
-  if (winners <= 8) return select_by_network<8>(group, units, winners, extremes);
-  if (winners <= 16) return select_by_network<16>(group, units, winners, extremes);
-  if (winners <= 32) return select_by_network<32>(group, units, winners, extremes);
-  return select_by_network<64>(group, units, winners, extremes);
+Selection select_few(const float* group, int64_t units, int64_t winners, const Ahead& ahead,
+                     Extremes& extremes) {
+  if (winners <= 1) return select_by_network<1>(group, units, winners, ahead, extremes);
+  if (winners <= 2) return select_by_network<2>(group, units, winners, ahead, extremes);
+  if (winners <= 4) return select_by_network<4>(group, units, winners, ahead, extremes);
+  if (winners <= 8) return select_by_network<8>(group, units, winners, ahead, extremes);
+  if (winners <= 16) return select_by_network<16>(group, units, winners, ahead, extremes);
+  if (winners <= 32) return select_by_network<32>(group, units, winners, ahead, extremes);
+  return select_by_network<64>(group, units, winners, ahead, extremes);
 }
 
 // Integers in the order of the floats; the low bits that are zero in every float are dropped, which
@@ -207,12 +243,12 @@ Selection select_by_bisection(const float* group, int64_t units, int64_t winners
 // The extremes are found on the way: the network passes over all units anyhow, the bisection starts from
 // them.
 Selection select_winners(const float* group, int64_t units, int64_t winners, bool bfloat16,
-                         Extremes& extremes) {
+                         const Ahead& ahead, Extremes& extremes) {
   Selection selection;
   if (winners <= kNetworkWinners) {
-    selection = select_few(group, units, winners, extremes);
+    selection = select_few(group, units, winners, ahead, extremes);
   } else {
-    extremes = find_extremes(group, units);
+    extremes = find_extremes(group, units, ahead);
     selection = bfloat16 ? select_by_bisection<16>(group, units, winners, extremes)
                          : select_by_bisection<0>(group, units, winners, extremes);
   }
