@@ -83,8 +83,7 @@ def linear(x: Tensor, u: Tensor) -> None:
 
 def conv(x: Tensor, u: Tensor, geometry: Geometry) -> None:
     """x (B, C, *size) and u (B, N, *out_size) that fit the geometry."""
-    conv_input(x, geometry)
-    out = geometry.out_size(x.shape[2:])
+    out = conv_input(x, geometry)
     if u.dim() != x.dim() or u.shape[0] != x.shape[0] or tuple(u.shape[2:]) != out:
         raise ValueError(
             f"u must have shape ({x.shape[0]}, units, {str(list(out))[1:-1]}), got {tuple(u.shape)}"
@@ -93,8 +92,8 @@ def conv(x: Tensor, u: Tensor, geometry: Geometry) -> None:
         raise ValueError(f"the units of u must divide by groups={geometry.groups}, got {u.shape[1]}")
 
 
-def conv_input(x: Tensor, geometry: Geometry) -> None:
-    """x (B, C, *size) that fits the geometry."""
+def conv_input(x: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    """Spatial output size of x (B, C, *size) that fits the geometry."""
     dims = len(geometry.kernel_size)
     if not len(geometry.stride) == len(geometry.padding) == len(geometry.dilation) == dims:
         raise ValueError(f"kernel_size, stride, padding and dilation must have one length, got {geometry}")
@@ -104,10 +103,12 @@ def conv_input(x: Tensor, geometry: Geometry) -> None:
         )
     if x.shape[1] % geometry.groups:
         raise ValueError(f"the channels of x must divide by groups={geometry.groups}, got {x.shape[1]}")
-    if any(size < 1 for size in geometry.out_size(x.shape[2:])):
+    out = geometry.out_size(x.shape[2:])
+    if min(out, default=1) < 1:
         raise ValueError(
             f"the kernel {geometry.kernel_size} does not fit into x of shape {tuple(x.shape)}: {geometry}"
         )
+    return out
 
 
 def choice(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ else runs in csrc/cpu. Tensors that a kernel reads are bound to names until it r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -171,10 +172,9 @@ def _rows_or_planes(u: Tensor, dim: int) -> Tensor:
 
 def _layout(u: Tensor, dim: int) -> tuple[int, int, int, int, int, int]:
     """(batch, units, positions) of u and the strides of the three."""
-    units = u.shape[dim]
-    if u.movedim(dim, -1).is_contiguous():  # rows of units: one batch of all positions
+    units, inner = u.shape[dim], math.prod(u.shape[dim + 1 :])
+    if inner == 1 or not u.is_contiguous():  # rows of units: one batch of all positions
         return 1, units, u.numel() // max(units, 1), 0, 1, units
-    inner = u[(0,) * (dim + 1)].numel() if 0 not in u.shape else 0
     return u.numel() // max(units * inner, 1), units, inner, units * inner, inner, 1
 
 

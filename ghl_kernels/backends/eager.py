@@ -6,7 +6,7 @@ Sums are float32 (float64 for float64 inputs) whatever the input dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,9 +80,9 @@ def linear_sums(
     dtype = sum_dtype(x.dtype)
     A: Tensor | None = None
     moments = new_moments(u.shape[1], 1, decay, u.shape[0], dtype, x.device)
-    for rows in _blocks(u.shape[0], x.shape[1] + u.shape[1], x.dtype):
-        y = activities(u[rows], 1, competition)
-        block = x[rows].to(dtype)
+    for x_block, u_block in _blocks(x, u):
+        y = activities(u_block, 1, competition)
+        block = x_block.to(dtype)
         A = y.t().mm(block) if A is None else A.addmm_(y.t(), block)
         add_moments(moments, y, 1, decay)
     return (x.new_zeros((u.shape[1], x.shape[1]), dtype=dtype) if A is None else A), moments
@@ -103,12 +103,12 @@ def conv_sums(
     A: Tensor | None = None
     positions = u.shape[0] * u.shape[2:].numel()
     moments = new_moments(u.shape[1], geometry.groups, decay, positions, dtype, x.device)
-    per_item = (x[0].numel() + u[0].numel()) if x.shape[0] else 0
-    for items in _blocks(x.shape[0], per_item, x.dtype):
-        y = activities(u[items], 1, competition)
-        part = conv_correlate(x[items].to(dtype), y, shape, geometry)
+    for x_block, u_block in _blocks(x, u):
+        y = activities(u_block, 1, competition)
+        part = conv_correlate(x_block.to(dtype), y, shape, geometry)
         A = part if A is None else A.add_(part)
-        add_moments(moments, y.movedim(1, -1), geometry.groups, decay)
+        if moments.numel() > 1:
+            add_moments(moments, y.movedim(1, -1), geometry.groups, decay)
     return (x.new_zeros(shape, dtype=dtype) if A is None else A), moments
 
 
@@ -371,11 +371,13 @@ def _scatter(unit: Tensor, activity: Tensor, units: int) -> Tensor:
     return torch.where(unit[:, :1] < 0, math.nan, y)
 
 
-def _blocks(items: int, per_item: int, dtype: torch.dtype) -> list[slice]:
-    """Slices of the batch: one for 32- and 64-bit inputs, several where float32 copies are made."""
-    if items == 0:
-        return []
-    if dtype in (torch.float32, torch.float64):
-        return [slice(0, items)]
-    step = max(1, _BLOCK_BYTES // max(1, 4 * per_item))
-    return [slice(start, min(start + step, items)) for start in range(0, items, step)]
+def _blocks(x: Tensor, u: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """x and u: whole where they have 32 or 64 bits, in blocks of the batch where float32 copies are made."""
+    if u.shape[0] == 0:
+        return
+    if x.dtype in (torch.float32, torch.float64):
+        yield x, u
+        return
+    step = max(1, _BLOCK_BYTES * u.shape[0] // max(1, 4 * (x.numel() + u.numel())))
+    for start in range(0, u.shape[0], step):
+        yield x[start : start + step], u[start : start + step]
