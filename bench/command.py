@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import ceilings, figures, machine, report, tables
+from bench import ceilings, figures, machine, report, steps, tables
 from bench.baselines import BASELINES
 from bench.compare import MARGIN, compare
 from bench.failures import fails_a_run
@@ -120,6 +120,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"only these rivals in the races: {', '.join(BASELINES)} (default: all)",
     )
     add(
+        "--network",
+        nargs="+",
+        choices=tuple(steps.NETWORKS),
+        metavar="NAME",
+        help=f"only the training steps of these: {', '.join(steps.NETWORKS)} (default: all)",
+    )
+    add(
         "--compare",
         type=pathlib.Path,
         metavar="FILE",
@@ -172,6 +179,7 @@ def _recording(
     settings = {
         "quick": options.quick,
         "baselines": options.baseline,
+        "networks": options.network,
         "rounds": options.rounds,
         "threads": options.threads,
     }

@@ -147,6 +147,7 @@ def _command(document: Measured, suites: Sequence[str]) -> str:
     options += [f"--rounds {settings['rounds']}"]
     options += ["--device cuda"] if document.is_gpu else []
     options += [f"--baseline {' '.join(settings['baselines'])}"] if settings["baselines"] else []
+    options += [f"--network {' '.join(settings['networks'])}"] if settings.get("networks") else []
     return f"python -m ghl_kernels bench {' '.join(options)}"
 
 

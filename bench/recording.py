@@ -20,7 +20,7 @@ from bench import machine, report
 from bench.report import Row
 
 _SAME_MACHINE = ("machine", "versions", "instruction_set", "device", "gpu")
-_SAME_SETTINGS = ("quick", "baselines", "rounds", "threads")
+_SAME_SETTINGS = ("quick", "baselines", "networks", "rounds", "threads")
 
 
 @dataclasses.dataclass

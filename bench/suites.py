@@ -88,7 +88,7 @@ class Run:
             if steps.suite_of(method) in suites and (not options.quick or name in QUICK_METHODS)
         ]
         rows = []
-        for network in QUICK_NETWORKS if options.quick else steps.NETWORKS:
+        for network in options.network or (QUICK_NETWORKS if options.quick else steps.NETWORKS):
             judged = network == ratios.NETWORK
             rounds = options.rounds if judged else min(options.rounds, FEWER_ROUNDS)
             limits = steps.Limits(rounds, options.threads, None if judged else FEWER_SECONDS)

@@ -10,9 +10,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from rich.progress import Progress
 
 import ghl_kernels.__main__ as entry
-from bench import ceilings, command, figures, intensity, machine, page, performance, races, report, suites
+from bench import (
+    ceilings,
+    command,
+    figures,
+    intensity,
+    machine,
+    page,
+    performance,
+    races,
+    report,
+    steps,
+    suites,
+)
 from bench.compare import MARGIN, compare
 from bench.interleave import Spread
 from bench.losses import losses, reasons
@@ -346,6 +359,7 @@ def test_a_run_prints_keeps_and_draws(tmp_path: pathlib.Path, capsys: pytest.Cap
         "quick": True,
         "suites": ["softmax"],
         "baselines": None,
+        "networks": None,
         "rounds": 5,
         "threads": 1,
     }
@@ -477,6 +491,20 @@ def test_options_that_do_not_go_together_are_refused(arguments: list[str]) -> No
 def test_steps_and_local_passes_are_measured_together() -> None:
     assert suites.together(["kwta", "local", "memory", "step"]) == [("kwta",), ("step", "local"), ("memory",)]
     assert suites.together(["local"]) == [("local",)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "measured"),
+    [([], {*steps.NETWORKS}), (["--network", "FastHebb", "ResNet-20"], {"FastHebb", "ResNet-20"})],
+)
+def test_networks_are_selected(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], measured: set[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(steps, "step_rows", lambda network, *_: asked.append(network) or [])
+    options = command.parse(["--suite", "step", *arguments])
+    suites.Run(options, {}, Progress()).measure(["step"])
+    assert {*asked} == measured
 
 
 @pytest.mark.usefixtures("_toy_races")
