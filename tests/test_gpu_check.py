@@ -39,6 +39,7 @@ def check(tmp_path: pathlib.Path) -> Any:
     return tool.Check(tool.parse(["--out", str(tmp_path), "--dry-run"]), tmp_path / "package")
 
 
+@pytest.mark.slow
 def test_dry_run_walks_every_step(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("triton")
     # the native modules' build has tests of its own

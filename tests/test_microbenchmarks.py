@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -12,7 +13,11 @@ from bench.machine import ROOT
 
 def pytest_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--torch-threads", "1"]
-    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    # pytest-benchmark times nothing where it sees a worker of pytest-xdist
+    environment = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_every_file_is_collected() -> None:

@@ -210,6 +210,7 @@ def test_imagenet_says_what_size_a_network_takes() -> None:
         imagenet.main(["--synthetic", "--model", "vit", "--size", "225"])
 
 
+@pytest.mark.slow
 def test_imagenet_over_two_processes_resumes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "examples.imagenet", "--synthetic", "--model", "resnet20", "--size", "16"]
