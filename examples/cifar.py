@@ -22,13 +22,12 @@ from torch import nn
 
 import ghl_kernels as ghl
 from examples import curves, data
-from examples.arguments import natural
 from examples.augment import random_crop_and_flip
 from examples.batches import ALONE, MemoryBatches, evaluation_batches
 from examples.learner import Learner
 from examples.models import MODELS
 from examples.training import Run, Training
-from ghl_kernels.demo.arguments import positive
+from ghl_kernels.demo.arguments import natural, positive
 from ghl_kernels.demo.errors import UserError
 from ghl_kernels.nn import GHLLayer
 from ghl_kernels.rule import HebbianRule, Normalize

@@ -26,13 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from examples import data, report
-from examples.arguments import natural
 from examples.batches import ALONE, MemoryBatches, evaluation_batches
 from examples.methods import METHODS, READ_OUT_LR, Method, make_learner
 from examples.models import DeepHebb
 from examples.training import Row, Run, Training
 from ghl_kernels import environment
-from ghl_kernels.demo.arguments import positive
+from ghl_kernels.demo.arguments import natural, positive
 from ghl_kernels.demo.errors import UserError
 
 WIDTHS = (12, 48, 192)

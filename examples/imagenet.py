@@ -25,12 +25,11 @@ from rich.table import Table
 
 import ghl_kernels as ghl
 from examples import curves, data, steps
-from examples.arguments import natural
 from examples.batches import Batches, FolderBatches, MemoryBatches, Share, evaluation_batches
 from examples.learner import Learner
 from examples.models import MODELS
 from examples.training import Run, Training
-from ghl_kernels.demo.arguments import positive
+from ghl_kernels.demo.arguments import natural, positive
 from ghl_kernels.demo.errors import UserError
 from ghl_kernels.rule import HebbianRule
 

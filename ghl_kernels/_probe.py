@@ -87,9 +87,9 @@ class Probe:
         """
         if not self._may_be_due(weight):
             return
-        before = self.totals.clone()
+        before = None if is_skipped is None else self.totals.clone()
         torch.ops.ghl.observe_rule_(self.totals, G, A, moments, weight, self.number)
-        if is_skipped is not None:
+        if is_skipped is not None and before is not None:
             # chosen and not weighted: what a skipped step adds may be NaN
             self.totals.copy_(torch.where(is_skipped.to(self.totals.device) != 0, before, self.totals))
 

@@ -11,10 +11,23 @@ def positive(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: anything else.
     """
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0, as an argument's ``type``.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
     return value
