@@ -92,7 +92,7 @@ def test_nothing_starts_when_the_budget_is_spent(tmp_path: pathlib.Path) -> None
     tool = load_tool()
     check = tool.Check(tool.parse(["--out", str(tmp_path), "--budget", "0"]), tmp_path)
     tool.run_stages(check, ["kwta"])
-    assert check.problems == [f"{name}: not started: the budget is spent" for name in ("warm", "kwta")]
+    assert check.problems == ["kwta: not started: the budget is spent"]
 
 
 def test_the_tool_fails_with_a_list_and_an_archive(
@@ -185,8 +185,23 @@ def test_what_some_stages_need_is_compiled_first(check: Any, monkeypatch: pytest
     check.dry = False
     told: list[tuple[str, tuple[str, ...]]] = []
     monkeypatch.setattr(check, "measure", lambda name, seconds, *options: told.append((name, options)))
-    tool.run_stages(check, ["kwta"])
-    assert told == [("warm", ("--stages", "warm,kwta")), ("kwta", ())]
+
+    def install(check: Any) -> bool:
+        told.append(("installed", ()))
+        return True
+
+    monkeypatch.setattr(tool, "install", install)
+    assert tool.prepare(check, ["kwta"])
+    tool.run_stages(check, ["warm", "kwta"])
+    # the build and the compilations at the same time, in either order
+    assert sorted(told[:2]) == [("installed", ()), ("warm", ("--stages", "warm,kwta"))]
+    assert told[2:] == [("kwta", ())]
+
+
+def test_before_the_package_is_built_its_sources_are_run(check: Any) -> None:
+    assert str(check.package) not in check._environment()["PYTHONPATH"]
+    check.installed = True
+    assert check._environment()["PYTHONPATH"].startswith(str(check.package))
 
 
 def test_a_warm_up_that_takes_too_long_is_no_failure(check: Any) -> None:
@@ -224,6 +239,8 @@ def test_stages_share_the_time_that_is_left(tmp_path: pathlib.Path, monkeypatch:
     check = tool.Check(tool.parse(["--out", str(tmp_path)]), tmp_path)
     told: dict[str, float] = {}
     monkeypatch.setattr(check, "measure", lambda name, seconds, *options: told.update({name: seconds}))
+    monkeypatch.setattr(tool, "install", lambda check: True)
+    assert tool.prepare(check, list(tool.STAGES))
     tool.run_stages(check, list(tool.STAGES))
     # a stage that ends at once leaves its time to the others, and the last one has it all
     assert list(told) == list(tool.STAGES)

@@ -1,4 +1,4 @@
-"""Stage 7: whole training steps and local passes, bfloat16 autocast and channels_last; time and peak memory.
+"""Stage 7: whole training steps and local passes, bfloat16 autocast and channels_last; time, kernels, memory.
 
 A step is what a user runs: forward, cross-entropy, backward, SGD, launched one by one and not captured.
 What has a bar comes first, timed in turn and on disk network by network; then every other method on every
@@ -22,7 +22,7 @@ from torch import nn
 
 import ghl_kernels as ghl
 from bench import steps, training
-from bench.gpu import stage
+from bench.gpu import profile, stage
 from bench.gpu.stage import Stage
 from bench.gpu.timing import time_all
 from bench.training import Method, by_rule
@@ -135,6 +135,15 @@ def _measure(this: Stage, name: str, made: list[Made], shown: list[Made]) -> Non
     peaks = {one.method.name: one.peak for one in made}
     for one in shown:
         this.add("steps", _row(this, name, one.method, times, peaks))
+        _profile(this, name, one)
+
+
+def _profile(this: Stage, name: str, one: Made) -> None:
+    """The step's kernels, in a section of their own."""
+    label = f"{name}, {one.method.name}: profile"
+    found = this.attempt(label, lambda: profile.kernels(one.step.run, this.device))
+    rows = [{"network": name, "method": one.method.name, **row} for row in found or ()]
+    this.add("kernels", *rows)
 
 
 def _measure_others(this: Stage, name: str) -> None:

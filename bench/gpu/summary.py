@@ -180,6 +180,21 @@ def _pair(results: Document) -> str:
     return "\n".join(tables)
 
 
+def _steps(results: Document) -> str:
+    """Times, and how long the GPU was busy: where both differ much, a step waits for launches."""
+    fields = ("network", "method", "us", "us_p20", "us_p80", "images_per_second", "ratio", "bar")
+    fields += ("peak_ratio", "problem")
+    busy: dict[tuple[str, str], float] = {}
+    for row in results.get("kernels", []):
+        key = (row["network"], row["method"])
+        busy[key] = busy.get(key, 0.0) + row["us"]
+    rows = [
+        (*(row.get(field) for field in fields), busy.get((row["network"], row["method"])))
+        for row in results.get("steps", [])
+    ]
+    return columns((*fields, "busy_us"), rows)
+
+
 def rows_of(results: Document, *sections: str) -> list[Row]:
     """Rows in the JSON of bench.report.Row."""
     return [Row.from_json(row) for section in sections for row in results.get(section, [])]
@@ -269,19 +284,7 @@ _SECTIONS: dict[str, Callable[[Document], str]] = {
         "times_faster_than_topk",
         "problem",
     ),
-    "steps": _table(
-        "steps",
-        "network",
-        "method",
-        "us",
-        "us_p20",
-        "us_p80",
-        "images_per_second",
-        "ratio",
-        "bar",
-        "peak_ratio",
-        "problem",
-    ),
+    "steps": _steps,
     "races": _races,
     "scaling": _scaling,
     "counters": _counters,
