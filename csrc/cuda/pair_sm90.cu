@@ -52,7 +52,7 @@ Status launch_clusters(const std::string& what, Kernel kernel, Stream stream, co
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(params.plan.cluster), 1, 1};
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(params.plan.segments * params.plan.cluster));
+    config.gridDim = dim3(static_cast<unsigned>(params.plan.clusters * params.plan.cluster));
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = kSharedBytes;
     config.stream = static_cast<cudaStream_t>(stream.handle);

@@ -1,11 +1,11 @@
 // The pair kernel for Hopper: copies by tensor maps, wgmma, clusters that share x.
 //
-// A block is a producer warp, which copies stages of x and of two response tiles into shared memory, and two
-// warpgroups, which multiply them: one computes A (y is made in registers from u), the other G; or, where
+// A block is a warpgroup that copies stages of x and of two response tiles into shared memory, and two that
+// multiply them: one computes A (y is made in registers from u), the other G; or, where
 // only one of the two is wanted, both compute it for different units. Two blocks with neighbouring units form
-// a cluster, and each copies half of every stage of x into both. Work is cut into equal segments, one for
-// each cluster that fits on the device (pair_sm90_layout.h); what a segment has of a cut tile goes to the
-// workspace, and a second kernel adds those up in the order of segments.
+// a cluster, and each copies half of every stage of x into both. Clusters sum whole tiles, and then equal
+// segments of what is left (pair_sm90_layout.h); what a segment has of a cut tile goes to the workspace, and
+// a second kernel adds those up in the order of segments.
 #pragma once
 
 #ifdef GHL_DEBUG_WAITS
@@ -82,23 +82,6 @@ __device__ __forceinline__ void release(uint32_t shared, uint32_t step, int clus
 
 // --- the producer -------------------------------------------------------------------------------
 
-// The chunks of x of a tile, in registers.
-struct ChunkColumns {
-  int32_t channel[kChunks];
-  uint32_t offsets[kChunks];
-};
-
-__device__ __forceinline__ ChunkColumns chunk_columns(const PairSm90& params, int64_t tile) {
-  ChunkColumns chunks;
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    const Columns columns = columns_of(params.plan, first_chunk(params.plan, tile) + i);
-    chunks.channel[i] = columns.channel;
-    chunks.offsets[i] = offsets_of(params.patches, columns.tap);
-  }
-  return chunks;
-}
-
 // Copies one chunk into this block, or into both of a cluster.
 __device__ __forceinline__ void copy_chunk(const PairSm90& params, uint32_t shared, uint32_t full,
                                            int32_t channel, uint32_t offsets, int32_t row,
@@ -144,12 +127,10 @@ __device__ __forceinline__ uint32_t stage_bytes(const PairSm90& params, int64_t 
   return bytes;
 }
 
-__device__ __forceinline__ void copy_responses(const PairSm90& params, uint32_t shared, uint32_t full,
-                                               int stage, const int32_t (&unit)[kConsumers], int32_t row) {
-#pragma unroll
-  for (int i = 0; i < kConsumers; ++i) {
-    ptx::cp_async_bulk_tensor_2d(shared + response_at(stage, i), params.responses[i], full, unit[i], row);
-  }
+// Announces the stage, and copies the states.
+__device__ __forceinline__ void open_stage(const PairSm90& params, uint32_t shared, uint32_t full, int stage,
+                                           uint32_t bytes, int32_t row) {
+  ptx::mbarrier_arrive_expect_tx(full, bytes);
 #pragma unroll
   for (int i = 0; i < kStates; ++i) {
     if (params.has_state[i]) {
@@ -158,14 +139,23 @@ __device__ __forceinline__ void copy_responses(const PairSm90& params, uint32_t 
   }
 }
 
+// What one warp copies of the stages of a piece. One that copied everything would need longer for a stage
+// than the tensor cores do; and since its number is known to the compiler, as all that follows from it,
+// operands are in uniform registers, where these instructions want them.
+template <int warp>
 __device__ __forceinline__ void produce_piece(const PairSm90& params, uint32_t shared, int rank,
                                               const Piece& piece, uint32_t& step) {
   const Plan& plan = params.plan;
-  const ChunkColumns columns = chunk_columns(params, piece.tile);
-  const int chunks = chunks_of(plan, piece.tile);
+  const bool has_chunk = warp < chunks_of(plan, piece.tile) && chunk_owner(warp, plan.cluster) == rank;
+  const int consumer = response_of(warp, plan.cluster, rank);
+  if (!has_chunk && consumer < 0) {
+    step += piece.end - piece.begin;
+    return;
+  }
+  const Columns columns = columns_of(plan, first_chunk(plan, piece.tile) + warp);
+  const uint32_t offsets = offsets_of(params.patches, columns.tap);
   const uint32_t bytes = stage_bytes(params, piece.tile);
-  const int32_t unit[kConsumers] = {static_cast<int32_t>(first_unit(plan, piece.tile, rank, 0)),
-                                    static_cast<int32_t>(first_unit(plan, piece.tile, rank, 1))};
+  const int32_t unit = static_cast<int32_t>(first_unit(plan, piece.tile, rank, consumer));
   const Position distance = position_of(params.patches, kStagePositions);
   int32_t row = piece.begin * kStagePositions;
   Position position = position_of(params.patches, row);
@@ -173,17 +163,43 @@ __device__ __forceinline__ void produce_piece(const PairSm90& params, uint32_t s
     const int stage = stage_of(step);
     const uint32_t full = shared + full_at(stage);
     wait_empty(shared, step);
-    ptx::mbarrier_arrive_expect_tx(full, bytes);
-    copy_responses(params, shared, full, stage, unit, row);
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      if (chunk < chunks && chunk_owner(chunk, plan.cluster) == rank) {
-        copy_chunk(params, shared + input_at(stage, chunk), full, columns.channel[chunk],
-                   columns.offsets[chunk], row, position);
+    if (threadIdx.x % kWarp == 0) {
+      if (consumer == 0) open_stage(params, shared, full, stage, bytes, row);
+      if (consumer >= 0) {
+        ptx::cp_async_bulk_tensor_2d(shared + response_at(stage, consumer), params.responses[consumer], full,
+                                     unit, row);
+      }
+      if (has_chunk) {
+        copy_chunk(params, shared + input_at(stage, warp), full, columns.channel, offsets, row, position);
       }
     }
     row += kStagePositions;
     position = advanced(params.patches, position, distance);
+  }
+}
+
+template <int warp>
+__device__ __forceinline__ void produce(const PairSm90& params, uint32_t shared, int64_t cluster, int rank) {
+  if (threadIdx.x % kWarp == 0) {
+    ptx::prefetch_tensormap(params.x);
+    for (const CUtensorMap& map : params.responses) ptx::prefetch_tensormap(map);
+  }
+  uint32_t step = 0;
+  Progress progress;
+  Piece piece;
+  while (next_piece(params.plan, cluster, progress, piece)) {
+    produce_piece<warp>(params, shared, rank, piece, step);
+  }
+}
+
+// The warps of the producer, each with a number that the compiler knows.
+template <int warp = 0>
+__device__ __forceinline__ void produce_as(int number, const PairSm90& params, uint32_t shared,
+                                           int64_t cluster, int rank) {
+  if (number == warp) {
+    produce<warp>(params, shared, cluster, rank);
+  } else if constexpr (warp + 1 < kWarps) {
+    produce_as<warp + 1>(number, params, shared, cluster, rank);
   }
 }
 
@@ -247,8 +263,11 @@ __device__ __forceinline__ void mask(uint32_t (&y)[count], int positions) {
   }
 }
 
+// Registers of the left operand of a stage.
+constexpr int kFragments = 4 * kSteps;
+
 template <class T, class Activity>
-__device__ __forceinline__ void load_activity(uint32_t (&y)[4 * kSteps], const unsigned char* base, int stage,
+__device__ __forceinline__ void load_activity(uint32_t (&y)[kFragments], const unsigned char* base, int stage,
                                               int consumer, int32_t unit, int positions,
                                               const Activity& activity) {
   const int thread = threadIdx.x % kWarpgroup;
@@ -297,36 +316,57 @@ __device__ __forceinline__ uint64_t input_descriptor(uint32_t shared, int stage)
   return operand_descriptor(shared + input_at(stage, 0), kChunkBytes);
 }
 
-// d += y^T x. The y of the next stage is made while the tensor cores multiply this one.
+template <class T>
+__device__ __forceinline__ void queue_activity(float (&d)[kAccumulators], const uint32_t (&y)[kFragments],
+                                               uint32_t shared, uint32_t step) {
+  const uint64_t x = input_descriptor(shared, stage_of(step));
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) Wgmma<T>::rs(d, y + 4 * k, x + k * descriptor_step(kStepBytes));
+  ptx::wgmma_commit_group();
+}
+
+// d += y^T x. The y of one stage is made while the tensor cores multiply the one before, and queued before
+// they are done with it; so there are two sets of registers, for even and for odd stages.
 template <class T, class Activity>
 __device__ __forceinline__ void multiply_activity(float (&d)[kAccumulators], const PairSm90& params,
                                                   const unsigned char* base, int consumer, int32_t unit,
                                                   const Piece& piece, uint32_t& step,
                                                   const Activity& activity) {
   const uint32_t shared = ptx::shared_address(base);
+  const int cluster = params.plan.cluster;
   int positions = params.positions - piece.begin * kStagePositions;
-  uint32_t y[4 * kSteps];
-  wait_full(shared, step);
-  load_activity<T>(y, base, stage_of(step), consumer, unit, positions, activity);
-  for (int32_t i = piece.begin; i < piece.end; ++i, ++step) {
-    const uint64_t x = input_descriptor(shared, stage_of(step));
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) Wgmma<T>::rs(d, y + 4 * k, x + k * descriptor_step(kStepBytes));
-    ptx::wgmma_commit_group();
-    uint32_t next[4 * kSteps] = {};
+  const auto load = [&](uint32_t (&y)[kFragments]) {
+    wait_full(shared, step);
+    load_activity<T>(y, base, stage_of(step), consumer, unit, positions, activity);
     positions -= kStagePositions;
-    if (i + 1 < piece.end) {
-      wait_full(shared, step + 1);
-      load_activity<T>(next, base, stage_of(step + 1), consumer, unit, positions, activity);
-    }
-    ptx::wgmma_wait_group<0>();
-    ptx::wgmma_hold(d);
+  };
+  // the products of the stage before this one are over
+  const auto finish = [&](uint32_t (&y)[kFragments]) {
+    ptx::wgmma_wait_group<1>();
     ptx::wgmma_hold(y);
-    release(shared, step, params.plan.cluster);
-#pragma unroll
-    for (int j = 0; j < 4 * kSteps; ++j) y[j] = next[j];
+    release(shared, step - 1, cluster);
+  };
+  uint32_t even[kFragments], odd[kFragments];
+  load(even);
+  queue_activity<T>(d, even, shared, step);
+  ++step;
+  for (int32_t left = piece.end - piece.begin - 1; left > 0; left -= 2) {
+    load(odd);
+    queue_activity<T>(d, odd, shared, step);
+    finish(even);
+    ++step;
+    if (left == 1) break;
+    load(even);
+    queue_activity<T>(d, even, shared, step);
+    finish(odd);
+    ++step;
   }
+  ptx::wgmma_wait_group<0>();
+  ptx::wgmma_hold(d);
+  ptx::wgmma_hold(even);
+  ptx::wgmma_hold(odd);
+  release(shared, step - 1, cluster);
 }
 
 // d += e^T x for e = dL/du. The products of one stage are under way while the next are queued.
@@ -480,29 +520,20 @@ __global__ void __launch_bounds__(kThreads, 1) pair_kernel(const __grid_constant
   unsigned char* const base = dynamic_shared<unsigned char>();
   const uint32_t shared = ptx::shared_address(base);
   const Plan& plan = params.plan;
-  const int rank = static_cast<int>(ptx::cluster_ctarank());
-  const int64_t segment = blockIdx.x / plan.cluster;
-  const int64_t end = segment_end(plan, segment);
+  const int rank = static_cast<int>(blockIdx.x % plan.cluster);
+  const int64_t cluster = blockIdx.x / plan.cluster;
   const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
   begin(params, base);
-  uint32_t step = 0;
   if (warpgroup == kConsumers) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x == kConsumers * kWarpgroup) {
-      ptx::prefetch_tensormap(params.x);
-      for (const CUtensorMap& map : params.responses) ptx::prefetch_tensormap(map);
-      for (int64_t at = segment_begin(plan, segment); at < end;) {
-        const Piece piece = piece_at(plan, at, end);
-        produce_piece(params, shared, rank, piece, step);
-        at += piece.end - piece.begin;
-      }
-    }
+    produce_as(__shfl_sync(kAllLanes, threadIdx.x / kWarp % kWarps, 0), params, shared, cluster, rank);
   } else {
     ptx::setmaxnreg_inc<kConsumerRegisters>();
-    for (int64_t at = segment_begin(plan, segment); at < end;) {
-      const Piece piece = piece_at(plan, at, end);
-      consume_piece<T>(params, base, segment, rank, warpgroup, piece, step);
-      at += piece.end - piece.begin;
+    uint32_t step = 0;
+    Progress progress;
+    Piece piece;
+    while (next_piece(plan, cluster, progress, piece)) {
+      consume_piece<T>(params, base, cluster, rank, warpgroup, piece, step);
     }
   }
   // A block that ended would take its shared memory from under the other's copies and arrivals.

@@ -3,7 +3,8 @@
 // tests.
 //
 // The result is a matrix of units and columns. Columns come in chunks of 64 channels of one tap, and a tile
-// of the result holds 4 chunks. Positions are summed in stages of 64.
+// of the result holds 4 chunks. Positions are summed in stages of 32: two stages are always being multiplied,
+// and the shorter they are, the more of the ring is left for copies that are under way.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +19,8 @@
 
 namespace ghl::sm90 {
 
-constexpr int kStages = 4;
-constexpr int kStagePositions = 64;  // of a stage
+constexpr int kStages = 9;
+constexpr int kStagePositions = 32;  // of a stage
 constexpr int kTileUnits = 64;       // of one warpgroup
 constexpr int kChunk = 64;           // columns that one copy brings: a swizzled row of 128 bytes
 constexpr int kChunks = 4;
@@ -148,10 +149,21 @@ GHL_HOST_DEVICE constexpr uint32_t empty_arrivals(int cluster, int warps = kCons
 // The block of a cluster that copies a chunk, to all of them.
 GHL_HOST_DEVICE constexpr int chunk_owner(int chunk, int cluster) { return chunk % cluster; }
 
+// Each warp of the producer copies the chunk of its number, where the block owns that. The consumer whose
+// responses it copies too, or -1: in a cluster they are for the warps without a chunk.
+static_assert(kChunks == kWarps);
+GHL_HOST_DEVICE constexpr int response_of(int warp, int cluster, int rank) {
+  const bool is_free = cluster == 1 || chunk_owner(warp, cluster) != rank;
+  const int place = warp / cluster;
+  return is_free && place < kConsumers ? place : -1;
+}
+
 // --- who sums what ------------------------------------------------------------------------------
 
-// A tile is 4 chunks of columns by the units of one cluster; its work is its stages. All work, tile after
-// tile, is cut into segments of equal length, one for each cluster, so that a tile may be cut too.
+// A tile is 4 chunks of columns by the units of one cluster; its work is its stages. As many tiles as fill
+// the device in whole waves are each summed by one cluster, all from the first position on, so that what one
+// reads the others find in the L2 cache. The stages of the rest, tile after tile, are cut into segments of
+// equal length, one for each cluster, so that a tile may be cut too.
 struct Plan {
   int32_t cluster = 1;      // blocks
   int32_t block_units = 0;  // 64 where the consumers compute A and G, 128 where both compute one of them
@@ -160,7 +172,9 @@ struct Plan {
   int32_t chunks = 0;  // of all taps
   int32_t stages = 0;  // of a tile
   int64_t tiles = 0;
-  int64_t length = 0;  // of a segment, in stages
+  int64_t clusters = 0;  // of the launch
+  int64_t waves = 0;     // whole tiles of each cluster
+  int64_t length = 0;    // of a segment, in stages
   int64_t segments = 0;
 };
 
@@ -180,59 +194,87 @@ GHL_HOST_DEVICE constexpr Plan make_plan(int64_t units, int64_t channels, int64_
   plan.chunks = static_cast<int32_t>(taps * plan.chunks_per_tap);
   plan.stages = static_cast<int32_t>(ceil_of<int64_t>(positions, kStagePositions));
   plan.tiles = static_cast<int64_t>(plan.unit_groups) * ceil_of<int64_t>(plan.chunks, kChunks);
-  const int64_t work = plan.tiles * plan.stages;
-  plan.length = ceil_of<int64_t>(work, blocks / plan.cluster);
-  plan.segments = ceil_of<int64_t>(work, plan.length);
+  const int64_t clusters = blocks / plan.cluster;
+  plan.waves = plan.tiles / clusters;
+  const int64_t work = (plan.tiles - plan.waves * clusters) * plan.stages;
+  plan.length = ceil_of(work, clusters);
+  plan.segments = work > 0 ? ceil_of(work, plan.length) : 0;
+  plan.clusters = plan.waves > 0 ? clusters : plan.segments;
   return plan;
 }
 
-// The stages [begin, end) of a tile that lie in one segment.
+// Tiles that are not cut, by anyone, come first.
+GHL_HOST_DEVICE constexpr int64_t whole_tiles(const Plan& plan) { return plan.waves * plan.clusters; }
+
+// The stages [begin, end) of a tile that a cluster sums in one go.
 struct Piece {
   int64_t tile = 0;
   int32_t begin = 0;
   int32_t end = 0;
 };
 
+// Stages are counted from the first of the tiles that may be cut.
 GHL_HOST_DEVICE constexpr int64_t segment_begin(const Plan& plan, int64_t segment) {
   return segment * plan.length;
 }
 
 GHL_HOST_DEVICE constexpr int64_t segment_end(const Plan& plan, int64_t segment) {
-  const int64_t end = (segment + 1) * plan.length, work = plan.tiles * plan.stages;
+  const int64_t end = (segment + 1) * plan.length;
+  const int64_t work = (plan.tiles - whole_tiles(plan)) * plan.stages;
   return end < work ? end : work;
 }
 
-// The piece that begins at `from` of a segment that ends at `to`.
-GHL_HOST_DEVICE constexpr Piece piece_at(const Plan& plan, int64_t from, int64_t to) {
-  Piece piece;
-  piece.tile = from / plan.stages;
+// How far a cluster has come: whole tiles, and stages of its segment.
+struct Progress {
+  int64_t wave = 0;
+  int64_t stage = 0;
+};
+
+// The next piece of a cluster; false where it has no more.
+GHL_HOST_DEVICE constexpr bool next_piece(const Plan& plan, int64_t cluster, Progress& progress,
+                                          Piece& piece) {
+  if (progress.wave < plan.waves) {
+    piece = {progress.wave * plan.clusters + cluster, 0, plan.stages};
+    ++progress.wave;
+    return true;
+  }
+  const int64_t from = segment_begin(plan, cluster) + progress.stage;
+  const int64_t left = segment_end(plan, cluster) - from;
+  if (left <= 0) return false;
+  piece.tile = whole_tiles(plan) + from / plan.stages;
   piece.begin = static_cast<int32_t>(from % plan.stages);
-  const int64_t left = to - from;
   piece.end = left < plan.stages - piece.begin ? piece.begin + static_cast<int32_t>(left) : plan.stages;
-  return piece;
+  progress.stage += piece.end - piece.begin;
+  return true;
 }
 
 GHL_HOST_DEVICE constexpr bool is_whole(const Plan& plan, const Piece& piece) {
   return piece.begin == 0 && piece.end == plan.stages;
 }
 
+// The tile in which a segment begins.
+GHL_HOST_DEVICE constexpr int64_t first_tile(const Plan& plan, int64_t segment) {
+  return whole_tiles(plan) + segment_begin(plan, segment) / plan.stages;
+}
+
 // A segment cuts at most two tiles: the one it begins in, slot 0, and another that it ends in, slot 1.
 constexpr int kSlots = 2;
 GHL_HOST_DEVICE constexpr int slot_of(const Plan& plan, int64_t segment, int64_t tile) {
-  return segment_begin(plan, segment) / plan.stages == tile ? 0 : 1;
+  return first_tile(plan, segment) == tile ? 0 : 1;
 }
 
 GHL_HOST_DEVICE constexpr int64_t first_segment(const Plan& plan, int64_t tile) {
-  return tile * plan.stages / plan.length;
+  return (tile - whole_tiles(plan)) * plan.stages / plan.length;
 }
 GHL_HOST_DEVICE constexpr int64_t last_segment(const Plan& plan, int64_t tile) {
-  return ((tile + 1) * plan.stages - 1) / plan.length;
+  return ((tile - whole_tiles(plan) + 1) * plan.stages - 1) / plan.length;
 }
 
 // The tile that is cut where a segment begins, or -1: there is none, or an earlier segment names it.
 GHL_HOST_DEVICE constexpr int64_t cut_tile(const Plan& plan, int64_t segment) {
-  const int64_t begin = segment_begin(plan, segment), tile = begin / plan.stages;
-  return begin % plan.stages != 0 && first_segment(plan, tile) == segment - 1 ? tile : -1;
+  const int64_t tile = first_tile(plan, segment);
+  const bool cuts = segment_begin(plan, segment) % plan.stages != 0;
+  return cuts && first_segment(plan, tile) == segment - 1 ? tile : -1;
 }
 
 // Four floats of a partial sum: index into the workspace, in units of 16 bytes.

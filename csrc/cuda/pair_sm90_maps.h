@@ -155,12 +155,14 @@ inline Status map_status(const Encoders& encoders, const std::string& what, CUre
                          std::to_string(static_cast<int>(result)) + (text ? std::string(": ") + text : ""));
 }
 
-// Boxes of rows; for a matrix of positions 64 by 64, swizzled, and for numbers of positions 64, as they lie.
+// Boxes of a stage's positions: rows of 64 elements of a matrix, swizzled, or one row of numbers, as they
+// lie.
 inline Status encode_rows(const Encoders& encoders, const std::string& what, CUtensorMap& map,
                           const Tensor& tensor, CUtensorMapDataType type, int64_t element, cuuint32_t rows) {
   if (!encoders.tiled) return Status::failure(what + ": the driver has no cuTensorMapEncodeTiled");
   const MapShape shape = map_shape(tensor, element);
-  const cuuint32_t box[2] = {kChunk, rows}, steps[2] = {1, 1};
+  const cuuint32_t first = rows > 1 ? kChunk : kStagePositions;
+  const cuuint32_t box[2] = {first, rows}, steps[2] = {1, 1};
   return map_status(encoders, what,
                     encoders.tiled(&map, type, 2, const_cast<void*>(tensor.data), shape.size.data(),
                                    shape.stride.data(), box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,

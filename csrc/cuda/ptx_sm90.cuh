@@ -15,12 +15,6 @@ namespace ghl::ptx {
 
 // --- blocks of a cluster ------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t cluster_ctarank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
 // The address in the shared memory of another block of the cluster.
 __device__ __forceinline__ uint32_t mapa(uint32_t shared_address, uint32_t rank) {
   uint32_t address;
@@ -75,10 +69,11 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint
                : "memory");
 }
 
-// At a barrier of any block of the cluster, by an address from mapa().
+// At a barrier of any block of the cluster, by an address from mapa(). Ordered within this block only: what
+// arrives here has read shared memory and written none. With .cluster the compiler would wait for all of the
+// thread's memory accesses (MEMBAR.GPU), and after every wait drop the L1 cache.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t cluster_address) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory");
 }
 
 // Whether the phase of this parity is over, after waiting for a time that the hardware chooses.
@@ -87,7 +82,7 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity(uint32_t barrier, uint3
   asm volatile(
       "{\n"
       ".reg .pred over;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
       "selp.b32 %0, 1, 0, over;\n"
       "}"
       : "=r"(over)

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from sm90_build import SOURCES, compile_cpp, cute_headers, layout_library
 
-STAGE = 64
-
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
@@ -73,16 +71,16 @@ class Geometry:
 
 
 def copied(
-    geometry: Geometry, corners: list[int], start: list[int], offsets: list[int]
+    geometry: Geometry, pixels: int, corners: list[int], start: list[int], offsets: list[int]
 ) -> list[tuple[int, ...] | None]:
-    """What an im2col copy of 64 pixels brings, as the PTX manual has it.
+    """What an im2col copy of so many pixels brings, as the PTX manual has it.
 
     From the base in the box by the traversal strides, row after row and image after image; the offsets are
     added to every pixel.
     """
     *pixel, image = start
     brought = []
-    for _ in range(STAGE):
+    for _ in range(pixels):
         at = [p + o for p, o in zip(pixel, offsets, strict=True)]
         inside = all(0 <= x < n for x, n in zip(at, geometry.size, strict=True)) and image < geometry.batch
         brought.append((image, *reversed(at)) if inside else None)
@@ -99,50 +97,62 @@ def copied(
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 def test_copies_bring_the_patches(layout: ctypes.CDLL, dimensions: int) -> None:
     rng = random.Random(dimensions)
+    size = layout.stage_positions()
     for _ in range(60):
         geometry = Geometry(rng, dimensions)
-        stages = min(12, -(-geometry.positions // STAGE))
+        stages = min(12, -(-geometry.positions // size))
         corners, starts = (ctypes.c_int32 * 6)(), (ctypes.c_int32 * (4 * stages))()
         layout.corners(geometry.fields, corners)
         layout.stage_pixels(geometry.fields, stages, starts)
         for stage, tap in itertools.product(range(stages), range(math.prod(geometry.kernel))):
             offsets = (ctypes.c_int32 * 3)()
             layout.tap_offsets(geometry.fields, tap, offsets)
-            brought = copied(geometry, list(corners), list(starts[4 * stage : 4 * stage + 4]), list(offsets))
-            assert brought == [geometry.defined(stage * STAGE + i, tap) for i in range(STAGE)], vars(geometry)
+            start = list(starts[4 * stage : 4 * stage + 4])
+            brought = copied(geometry, size, list(corners), start, list(offsets))
+            assert brought == [geometry.defined(stage * size + i, tap) for i in range(size)], vars(geometry)
 
 
-def test_segments_share_the_work(layout: ctypes.CDLL) -> None:
-    for seed in range(200):
-        check_segments(layout, random.Random(seed))
+def test_clusters_share_the_work(layout: ctypes.CDLL) -> None:
+    waves = [check_clusters(layout, random.Random(seed)) for seed in range(200)]
+    assert min(waves) == 0
+    assert max(waves) > 1
 
 
-def check_segments(layout: ctypes.CDLL, rng: random.Random) -> None:
+def check_clusters(layout: ctypes.CDLL, rng: random.Random) -> int:
+    """Of a random problem; the number of its waves of whole tiles."""
     problem = (
         *(ctypes.c_int64(rng.randint(1, high)) for high in (700, 400, 9, 9000)),
         ctypes.c_bool(rng.random() < 0.5),
         rng.choice([2, 7, 132]),
     )
-    numbers = (ctypes.c_int64 * 4)()
-    flat = (ctypes.c_int64 * 100000)()
+    numbers = (ctypes.c_int64 * 5)()
+    flat = (ctypes.c_int64 * 200000)()
     count = layout.pieces(*problem, numbers, flat)
-    cluster, tiles, stages, segments = numbers
+    cluster, tiles, stages, clusters, waves = numbers
     rows = [tuple(flat[5 * i : 5 * i + 5]) for i in range(count)]
-    assert segments * cluster <= problem[-1]
-    # every stage of every tile once, in order
-    covered = [(tile, stage) for _, tile, begin, end, _ in rows for stage in range(begin, end)]
+    assert clusters * cluster <= problem[-1]
+    # every stage of every tile once; each cluster has its pieces in this order
+    covered = sorted((tile, stage) for _, tile, begin, end, _ in rows for stage in range(begin, end))
     assert covered == [(tile, stage) for tile in range(tiles) for stage in range(stages)]
-    lengths = [
-        sum(end - begin for s, _, begin, end, _ in rows if s == segment) for segment in range(segments)
+    # whole waves first: in each of them neighbours sum neighbouring tiles
+    whole = waves * clusters
+    assert tiles - whole < (problem[-1] // cluster if waves else tiles + 1)
+    assert [row for row in rows if row[1] < whole] == [
+        (c, wave * clusters + c, 0, stages, -1) for c in range(clusters) for wave in range(waves)
     ]
+    # and what is left in equal parts
+    rest = [row for row in rows if row[1] >= whole]
+    lengths = [sum(end - begin for c, _, begin, end, _ in rest if c == one) for one in range(clusters)]
+    lengths = lengths[: 1 + max((c for c, *_ in rest), default=-1)]
     assert len(set(lengths[:-1])) <= 1
-    assert 0 < lengths[-1] <= lengths[0]
+    assert not lengths or 0 < lengths[-1] <= lengths[0]
     # a slot is written once, and every one that is written is added, in the order of segments
     written = [(tile, segment, slot) for segment, tile, _, _, slot in rows if slot >= 0]
     assert len({(segment, slot) for _, segment, slot in written}) == len(written)
     added = (ctypes.c_int64 * 100000)()
     total = layout.parts(*problem, added)
     assert [tuple(added[3 * i : 3 * i + 3]) for i in range(total)] == sorted(written)
+    return waves
 
 
 def test_partial_sums_have_places_of_their_own(layout: ctypes.CDLL) -> None:

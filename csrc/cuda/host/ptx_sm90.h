@@ -25,7 +25,8 @@ struct TensorMap {
   int16_t lower[3], upper[3];
   uint8_t step[5];
   uint8_t rank, element;
-  uint8_t rows;  // of a box, or pixels of a column
+  uint8_t rows;     // of a box, or pixels of a column
+  uint8_t columns;  // along the contiguous dimension
   bool im2col, swizzle;
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
@@ -35,8 +36,6 @@ inline TensorMap tensor_map(const CUtensorMap& map) {
   std::memcpy(&result, &map, sizeof result);
   return result;
 }
-
-constexpr int kBox = 64;  // elements along the contiguous dimension
 
 // One element of a copy, zero outside of the tensor.
 inline void copy_element(const TensorMap& map, const int64_t (&at)[5], unsigned char* target) {
@@ -59,8 +58,8 @@ inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 3 &
 // Row of a box: at[0] is its first element.
 inline void copy_row(const TensorMap& map, int64_t (&at)[5], unsigned rank, uint32_t shared, int row) {
   const int64_t first = at[0];
-  for (int i = 0; i < kBox; ++i) {
-    const uint32_t address = shared + static_cast<uint32_t>((row * kBox + i) * map.element);
+  for (int i = 0; i < map.columns; ++i) {
+    const uint32_t address = shared + static_cast<uint32_t>((row * map.columns + i) * map.element);
     at[0] = first + i;
     copy_element(map, at, shared_pointer(rank, map.swizzle ? swizzle_128(address) : address));
   }
@@ -102,7 +101,7 @@ void copy_to_cluster(const CUtensorMap& encoded, uint32_t barrier, unsigned mask
     if (!has(mask, rank)) continue;
     cluster().copies.push_back([=] {
       copy(map, rank);
-      complete_bytes(rank, barrier, static_cast<int64_t>(map.rows) * kBox * map.element);
+      complete_bytes(rank, barrier, static_cast<int64_t>(map.rows) * map.columns * map.element);
     });
   }
 }
@@ -180,7 +179,6 @@ inline void finish_group() {
 namespace ghl::ptx {
 
 inline uint32_t shared_address(const void* pointer) { return host::shared_address(pointer); }
-inline uint32_t cluster_ctarank() { return host::own_rank(); }
 inline uint32_t mapa(uint32_t shared, uint32_t rank) { return rank << 24 | shared; }
 
 inline void barrier_cluster_arrive() {}

@@ -12,6 +12,8 @@ uint32_t of_ring(int stages, Function function) {
       return function.template operator()<2>();
     case 3:
       return function.template operator()<3>();
+    case 4:
+      return function.template operator()<4>();
     default:
       return function.template operator()<kStages>();
   }
@@ -67,7 +69,7 @@ void tap_offsets(const int32_t* fields, int tap, int32_t* result) {
   for (int i = 0; i < 3; ++i) result[i] = offset_of(offsets, i);
 }
 
-// Every piece of every segment: rows of segment, tile, begin, end, slot (-1: whole), and the plan's numbers.
+// Every piece of every cluster: rows of cluster, tile, begin, end, slot (-1: whole), and the plan's numbers.
 // Returns the number of rows.
 int pieces(int64_t units, int64_t channels, int64_t taps, int64_t positions, bool both, int blocks,
            int64_t* numbers, int64_t* rows) {
@@ -75,18 +77,16 @@ int pieces(int64_t units, int64_t channels, int64_t taps, int64_t positions, boo
   numbers[0] = plan.cluster;
   numbers[1] = plan.tiles;
   numbers[2] = plan.stages;
-  numbers[3] = plan.segments;
+  numbers[3] = plan.clusters;
+  numbers[4] = plan.waves;
   int count = 0;
-  for (int64_t segment = 0; segment < plan.segments; ++segment) {
-    const int64_t end = segment_end(plan, segment);
-    for (int64_t at = segment_begin(plan, segment); at < end;) {
-      const Piece piece = piece_at(plan, at, end);
-      const int64_t slot = is_whole(plan, piece) ? -1 : slot_of(plan, segment, piece.tile);
-      for (const int64_t value : {segment, piece.tile, int64_t{piece.begin}, int64_t{piece.end}, slot}) {
+  for (int64_t cluster = 0; cluster < plan.clusters; ++cluster) {
+    Progress progress;
+    for (Piece piece; next_piece(plan, cluster, progress, piece); ++count) {
+      const int64_t slot = is_whole(plan, piece) ? -1 : slot_of(plan, cluster, piece.tile);
+      for (const int64_t value : {cluster, piece.tile, int64_t{piece.begin}, int64_t{piece.end}, slot}) {
         *rows++ = value;
       }
-      at += piece.end - piece.begin;
-      ++count;
     }
   }
   return count;
@@ -114,4 +114,5 @@ int64_t partial_index(int64_t block, int slot, int consumer, int quad, int threa
 }
 int64_t block_workspace() { return kBlockWorkspace; }
 int shared_bytes() { return kSharedBytes; }
+int stage_positions() { return kStagePositions; }
 }

@@ -62,10 +62,11 @@ CUresult encode_tiled(CUtensorMap* result, CUtensorMapDataType type, cuuint32_t 
                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   host::TensorMap map = describe_tensor(type, rank, data, size, stride, swizzle);
   const bool fits = !map.swizzle || box[0] * map.element <= 128;
-  if (rank != 2 || box[0] != host::kBox || box[1] > 256 || !fits ||
+  if (rank != 2 || box[0] * map.element % 16 != 0 || box[0] > 128 || box[1] > 128 || !fits ||
       !is_valid(type, rank, data, size, stride)) {
     return CUDA_ERROR_INVALID_VALUE;
   }
+  map.columns = static_cast<uint8_t>(box[0]);
   map.rows = static_cast<uint8_t>(box[1]);
   std::memcpy(result, &map, sizeof map);
   return CUDA_SUCCESS;
@@ -78,7 +79,7 @@ CUresult encode_im2col(CUtensorMap* result, CUtensorMapDataType type, cuuint32_t
   host::TensorMap map = describe_tensor(type, rank, data, size, stride, swizzle);
   const int reach = rank == 5 ? 16 : rank == 4 ? 128 : 0;
   bool valid =
-      reach > 0 && channels == host::kBox && pixels <= 1024 && is_valid(type, rank, data, size, stride);
+      reach > 0 && channels * map.element <= 128 && pixels <= 128 && is_valid(type, rank, data, size, stride);
   for (cuuint32_t i = 0; valid && i < rank - 2; ++i) {
     valid = lower[i] >= -reach && lower[i] < reach && upper[i] >= -reach && upper[i] < reach;
     valid = valid && static_cast<int64_t>(size[i + 1]) + upper[i] - lower[i] > 0;
@@ -88,6 +89,7 @@ CUresult encode_im2col(CUtensorMap* result, CUtensorMapDataType type, cuuint32_t
     map.step[i + 1] = static_cast<uint8_t>(step[i + 1]);
   }
   if (!valid) return CUDA_ERROR_INVALID_VALUE;
+  map.columns = static_cast<uint8_t>(channels);
   map.rows = static_cast<uint8_t>(pixels);
   map.im2col = true;
   std::memcpy(result, &map, sizeof map);
@@ -114,7 +116,7 @@ Status run(const PairParams& from, const DeviceInfo& info, uint32_t seed) {
   PairSm90 params = kernel_params(from, plan);
   Status status = encode_maps({encode_tiled, encode_im2col}, "test", from, params);
   if (!status.ok) return status;
-  launch_blocks(plan.segments, plan.cluster * kThreads,
+  launch_blocks(plan.clusters, plan.cluster * kThreads,
                 [&] { from.dtype == DType::bf16 ? pair_kernel<bf16>(params) : pair_kernel<f16>(params); });
   if (!host::cluster().copies.empty()) return Status::failure("copies are under way after the last block");
   if (cuts_tiles(plan)) launch_blocks(partial_sum_blocks(plan), kWarpgroup, [&] { sum_partials(params); });
