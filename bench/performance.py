@@ -20,6 +20,8 @@ from bench.report import Row
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 _STAGES = ("environment", "pair", "kwta", "races", "steps", "scaling")  # of tools/gpu_check
+# What runs where nothing is chosen, by stage; competitions are the CUDA kernels' where they are built.
+_DEFAULTS = {"pair": "ghl auto", "kwta": "ghl cuda", "steps": "GHL softmax, compiled"}
 
 
 def documents(folder: pathlib.Path = RESULTS) -> list[Measured]:
@@ -85,7 +87,7 @@ def _stage_row(stage: str, row: dict[str, Any]) -> Row:
         floor_seconds=row["of_floor"] * seconds.median if row.get("of_floor") else None,
         peak_ratio=row.get("peak_ratio"),
         images_per_second=row.get("images_per_second"),
-        auto=name.startswith(("ghl configured", "ghl triton", "GHL softmax, compiled")),
+        auto=name.startswith(_DEFAULTS[stage]),
     )
 
 

@@ -280,13 +280,15 @@ def test_stages_of_a_gpu_check_become_rows(tmp_path: pathlib.Path) -> None:
     timed = {"us": 10.0, "us_p20": 9.0, "us_p80": 11.0}
     ours = {"layer": "conv", "rule": "softmax", "what": "configured", "times_faster": 2.0, "of_floor": 0.5}
     pair = [ours | timed | {"tflops": 1.0, "flop_per_byte": 100.0}, {"what": "library", "problem": "no room"}]
+    pair.append(ours | timed | {"what": "auto"})
     stage = {"dry_run": False, "measured_on": "A GPU", "results": {"pair": pair}}
     (folder / "pair.json").write_text(json.dumps(stage))
     (found,) = performance.documents(tmp_path)
     assert found.is_gpu
     assert found.machine["gpu"]["name"] == "A GPU"
-    configured, failed = found.rows
+    configured, failed, auto = found.rows
     assert configured.is_ours
+    assert (configured.auto, auto.auto) == (False, True)
     assert configured.intensity == pytest.approx(100.0)
     assert configured.of_floor == pytest.approx(2.0)
     assert failed.error == "no room"

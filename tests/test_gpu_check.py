@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from types import ModuleType
 from typing import Any
@@ -91,7 +92,8 @@ def test_a_stage_that_hangs_is_ended_with_its_children(check: Any, tmp_path: pat
 def test_nothing_starts_when_the_budget_is_spent(tmp_path: pathlib.Path) -> None:
     tool = load_tool()
     check = tool.Check(tool.parse(["--out", str(tmp_path), "--budget", "0"]), tmp_path)
-    tool.run_stages(check, ["kwta"])
+    check.installed = True
+    tool._measure(check, "kwta", ["kwta"])
     assert check.problems == ["kwta: not started: the budget is spent"]
 
 
@@ -180,22 +182,39 @@ def test_a_form_that_does_not_work_is_used_no_more(check: Any) -> None:
     assert len(check.problems) == 1
 
 
-def test_what_some_stages_need_is_compiled_first(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stages_need_is_compiled_until_one_has_to_be_alone(
+    check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tool = load_tool()
     check.dry = False
-    told: list[tuple[str, tuple[str, ...]]] = []
-    monkeypatch.setattr(check, "measure", lambda name, seconds, *options: told.append((name, options)))
+    began, ended = [], []
+    may_end = threading.Event()
 
-    def install(check: Any) -> bool:
-        told.append(("installed", ()))
-        return True
+    def measure(name: str, seconds: float, *options: str) -> None:
+        began.append((name, options))
+        if name == "kwta":  # which does not wait for what is compiled
+            may_end.set()
+        if name == "warm":
+            assert may_end.wait(20)
+        if name == "steps":
+            assert "warm" in ended
+        ended.append(name)
 
-    monkeypatch.setattr(tool, "install", install)
-    assert tool.prepare(check, ["kwta"])
-    tool.run_stages(check, ["warm", "kwta"])
-    # the build and the compilations at the same time, in either order
-    assert sorted(told[:2]) == [("installed", ()), ("warm", ("--stages", "warm,kwta"))]
-    assert told[2:] == [("kwta", ())]
+    monkeypatch.setattr(check, "measure", measure)
+    monkeypatch.setattr(tool, "install", lambda check: True)
+    tool.run(check, ["warm", "pair", "kwta", "steps"])
+    assert ("warm", ("--stages", "warm,pair,kwta,steps")) in began
+    assert [name for name in ended if name != "warm"] == ["pair", "kwta", "steps"]
+
+
+def test_without_a_package_no_stage_begins(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = load_tool()
+    check.dry = False
+    began = []
+    monkeypatch.setattr(check, "measure", lambda name, seconds, *options: began.append(name))
+    monkeypatch.setattr(tool, "install", lambda check: False)
+    tool.run(check, ["kwta"])
+    assert began == ["warm"]
 
 
 def test_before_the_package_is_built_its_sources_are_run(check: Any) -> None:
@@ -240,12 +259,12 @@ def test_stages_share_the_time_that_is_left(tmp_path: pathlib.Path, monkeypatch:
     told: dict[str, float] = {}
     monkeypatch.setattr(check, "measure", lambda name, seconds, *options: told.update({name: seconds}))
     monkeypatch.setattr(tool, "install", lambda check: True)
-    assert tool.prepare(check, list(tool.STAGES))
-    tool.run_stages(check, list(tool.STAGES))
+    tool.run(check, list(tool.STAGES))
     # a stage that ends at once leaves its time to the others, and the last one has it all
-    assert list(told) == list(tool.STAGES)
+    assert set(told) == set(tool.STAGES)
     assert all(seconds < tool.BUDGET for seconds in told.values())
     available = tool.BUDGET - tool.GRACE - tool.SUMMARY_SECONDS
     assert told["tests"] == pytest.approx(available, abs=5)
-    share = tool.STAGES["warm"] / sum(tool.STAGES.values())
-    assert told["warm"] == pytest.approx(share * available, abs=5)
+    first = next(name for name in tool.STAGES if name in tool.ALONE)
+    before = sum(tool.STAGES[name] for name in list(tool.STAGES)[: list(tool.STAGES).index(first)])
+    assert told["warm"] == pytest.approx(before / sum(tool.STAGES.values()) * available, abs=5)

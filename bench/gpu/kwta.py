@@ -1,4 +1,4 @@
-"""Stage 6: k-winner-take-all against the four ways to write it and against the bandwidth of a plain copy."""
+"""Stage 5: k-winner-take-all against the four ways to write it and against the bandwidth of a plain copy."""
 
 from __future__ import annotations
 

@@ -63,6 +63,7 @@ class Layer(NamedTuple):
 
 
 LAYERS = (
+    Layer("ResNet-50 64-256 k1", 128, 64, 256, 56, 1),
     Layer("DeepHebb conv2", 512, 96, 384, 16, 3),
     Layer("DeepHebb conv3", 512, 384, 1536, 8, 3),
     Layer("ResNet-50 128 k3", 128, 128, 128, 28, 3),

@@ -1,4 +1,4 @@
-"""Stage 4: results on streams of their own, and tensors of more than 2^31 elements."""
+"""Stage 6: results on streams of their own, and tensors of more than 2^31 elements."""
 
 from __future__ import annotations
 

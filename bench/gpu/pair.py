@@ -1,4 +1,4 @@
-"""Stage 5: A and G in one kernel, and A alone, by tile and against the library; the table of shapes.
+"""Stage 4: A and G in one kernel, and A alone, by tile and against the library; the table of shapes.
 
 What is timed has first been compared with float32 sums, A and G of every contender. ``auto`` is timed last,
 with the shapes of the table, beside all that are as exact: the most that it may lose is in the design.
@@ -200,7 +200,12 @@ def _float32_sum(layer: Layer, x: Tensor, left: Tensor) -> Tensor:
     g = layer.geometry
     weight = torch.empty(layer.weight_shape, device=x.device)
     conv = {"stride": g.stride, "padding": g.padding, "dilation": g.dilation}
-    return library.correlation(x.float(), left, weight, **conv)
+    # made once: to find the fastest algorithm would take longer than the product
+    torch.backends.cudnn.benchmark = False
+    try:
+        return library.correlation(x.float(), left, weight, **conv)
+    finally:
+        torch.backends.cudnn.benchmark = True
 
 
 def _seconds(timed: dict[str, Timed]) -> dict[str, float]:

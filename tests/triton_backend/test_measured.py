@@ -59,20 +59,46 @@ def test_a_verdict_goes_before_the_estimate(write: Callable[..., None], value: b
     key = config._key(PROBLEM)
     write({f"{key}:library": value, f"{key}:cuda": value})
     assert config.prefers_library(PROBLEM, CHIP, is_conv=False) is value
-    assert config.prefers_cuda(PROBLEM, CHIP) is value
-    assert not config.prefers_cuda(PROBLEM, arch.KNOWN["sm_100"])
+    assert config.prefers_cuda(PROBLEM, CHIP, rows=True) is value
+    assert not config.prefers_cuda(PROBLEM, arch.KNOWN["sm_100"], rows=True)
 
 
 def test_a_verdict_holds_for_similar_shapes_of_its_kind(write: Callable[..., None]) -> None:
     """Up to a factor of two in every size, the positions in their powers of two."""
     write({f"{config._key(PROBLEM)}:cuda": True})
+
+    def prefers_cuda(change: dict[str, Any]) -> bool:
+        # of a layout for which nothing is known beforehand
+        return config.prefers_cuda(PROBLEM._replace(**change), CHIP, rows=False)
+
     near = ({"units": 768}, {"units": 200, "positions": 60_000}, {"columns": 1000}, {"channels": 192})
-    for change in near:
-        assert config.prefers_cuda(PROBLEM._replace(**change), CHIP)
+    assert all(map(prefers_cuda, near))
     far = ({"units": 769}, {"units": 191}, {"columns": 2000}, {"channels": 864}, {"positions": 500_000})
     other_kinds = ({"results": 1}, {"itemsize": 4}, {"groups": 2}, {"makes_y": False})
-    for change in (*far, *other_kinds):
-        assert not config.prefers_cuda(PROBLEM._replace(**change), CHIP)
+    assert not any(map(prefers_cuda, (*far, *other_kinds)))
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        ({"itemsize": 4}, True),
+        ({"groups": 2}, True),
+        ({"channels": 28, "columns": 252}, True),
+        ({"channels": 66, "columns": 594}, True),
+        ({"channels": 24, "columns": 216}, True),
+        ({"units": 33}, True),
+        ({}, False),
+    ],
+)
+def test_the_hopper_kernel_is_taken_where_it_fits(
+    write: Callable[..., None], change: dict[str, Any], rows: bool
+) -> None:
+    write({})
+    for fitting in ({}, {"results": 1}, {"channels": 32, "columns": 288}, {"units": 1536}):
+        problem = PROBLEM._replace(**fitting)
+        assert config.prefers_cuda(problem, CHIP, rows=True)
+        assert not config.prefers_cuda(problem, arch.KNOWN["sm_80"], rows=True)
+    assert not config.prefers_cuda(PROBLEM._replace(**change), CHIP, rows=rows)
 
 
 def test_the_nearest_verdict_decides() -> None:
@@ -165,9 +191,13 @@ def test_an_operation_goes_to_cuda_where_that_was_faster(
     """Only under ``auto``, and only where the CUDA backend can run it; the result is the same."""
     operation, function = OPERATIONS_BY_KEY[key]
     x, u = _sample()
+    # what else the operations run has to be Triton's; a depthwise layer's state is of 4 units
+    keys = {*OPERATIONS_BY_KEY, "4/state planes 4"} - {key}
+    others = {f"{other}:cuda": False for other in keys}
+    write(others | {f"{key}:cuda": False})
     expected = operation(x, u)
     assert cuda_calls == []
-    write({f"{key}:cuda": True})
+    write(others | {f"{key}:cuda": True})
     torch.testing.assert_close(operation(x, u), expected, rtol=0, atol=0)
     assert cuda_calls == [function]
     with ghl.use_backend("triton"):

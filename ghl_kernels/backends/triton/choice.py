@@ -1,4 +1,4 @@
-"""Kernels of the CUDA backend in the place of Triton's, where a GPU has measured that they are faster.
+"""Kernels of the CUDA backend in the place of Triton's, where they are faster: as a GPU has measured.
 
 Under ``auto`` only: who chose Triton gets Triton. Where A and G are summed is decided in operations.py.
 """
@@ -31,14 +31,20 @@ def may_take_cuda(tensor: Tensor) -> bool:
     return _dispatch.is_automatic() and not cuda.refusal(tensor.device, tensor.dtype)
 
 
-def _faster(key: str, tensor: Tensor, ours: ModuleType, cudas: ModuleType) -> ModuleType:
-    is_faster = measured.verdict(arch_of(tensor.device).name, key, "cuda")
+def _faster(
+    key: str, tensor: Tensor, ours: ModuleType, cudas: ModuleType, *, on_hopper: bool = False
+) -> ModuleType:
+    """``on_hopper`` is what holds there for a key of which the table knows nothing."""
+    arch = arch_of(tensor.device)
+    is_faster = measured.verdict(arch.name, key, "cuda")
+    if is_faster is None:
+        is_faster = on_hopper and arch.has_wgmma
     return cudas if is_faster and may_take_cuda(tensor) else ours
 
 
 def _competing(function: str, u: Tensor, units: int, unit_stride: int) -> ModuleType:
     key = measured.competition_key(function, units, u.element_size(), rows=unit_stride == 1)
-    return _faster(key, u, compete, cuda_compete)
+    return _faster(key, u, compete, cuda_compete, on_hopper=True)
 
 
 class Competing:

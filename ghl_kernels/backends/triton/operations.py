@@ -31,7 +31,9 @@ class TritonOperations(Operations):
         shape: tuple[int, ...],
     ) -> tuple[Tensor, Tensor | None]:
         problem = _problem(x, shape[0], pair=grad_u is not None)
-        if config.prefers_cuda(problem, arch_of(x.tensor.device)) and choice.may_take_cuda(x.tensor):
+        rows = all(view.unit_stride == 1 for view in (u, grad_u) if view is not None)
+        prefers_cuda = config.prefers_cuda(problem, arch_of(x.tensor.device), rows=rows)
+        if prefers_cuda and choice.may_take_cuda(x.tensor):
             return CUDA_OPERATIONS.correlate(x, u, grad_u, state, competition, shape)
         if state is None and not correlate.makes_state(x, u, grad_u, competition):
             state = self.competing.state(u, competition)
