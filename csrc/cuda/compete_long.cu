@@ -139,8 +139,8 @@ __device__ __forceinline__ void select_listed(int listed, int k, Workspace& at) 
 #pragma unroll
   for (int i = 0; i < Row::kElements; ++i) {
     const int entry = Row::unit(i);
-    row.value[i] = entry < listed ? at.list_value[entry] : -infinity();
-    lane_top = fmaxf(lane_top, row.value[i]);
+    row.element[i] = entry < listed ? at.list_value[entry] : -infinity();
+    lane_top = fmaxf(lane_top, row.element[i]);
   }
   const auto read = [&](int entry) { return at.list_value[entry]; };
   const Cut cut = select_kth<kKeyFreeBits<T>>(row, lane_top, k, read, at.list);

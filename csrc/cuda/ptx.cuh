@@ -68,6 +68,47 @@ __device__ __forceinline__ float max_nan_f32(float a, float b) {
   return result;
 }
 
+// Of two 16-bit floats each: the larger ones, NaN where either is.
+__device__ __forceinline__ uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+// 0xffff in the halves where the comparison holds, which it never does with NaN.
+__device__ __forceinline__ uint32_t set_ge_u32_f16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("set.ge.u32.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t set_gt_u32_f16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("set.gt.u32.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+// sm_90
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ uint32_t set_ge_u32_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("set.ge.u32.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t set_gt_u32_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("set.gt.u32.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+#endif
+
 // --- memory -------------------------------------------------------------------------------------
 
 // To a multiple of 16 in global memory. Of a plain store of 16 bytes the compiler may make four where another

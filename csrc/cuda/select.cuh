@@ -3,9 +3,11 @@
 // The k-th largest of the 32 lanes' maxima is a lower bound of the k-th largest unit. The few units that
 // reach it move to one or two a lane, where those that are too many leave, the smallest value first. Where k
 // is above 32, or more than 64 units reach the bound, the threshold is bisected in the registers instead.
+// Rows of 16 bits are compared two elements at a time, and move only where a lane has more than two.
 #pragma once
 
 #include "cuda/device.cuh"
+#include "cuda/dtype.cuh"
 
 namespace ghl {
 
@@ -27,17 +29,16 @@ __device__ __forceinline__ float value_of(uint32_t key) {
 
 constexpr uint32_t kKeyOfMinusInfinity = 0x007fffffu;
 
-// Up to kWarp * kElements_ units; elements beyond the last unit are -inf and follow it, so that none wins
-// before a unit. A lane holds runs of kVector_ consecutive units.
+// Where the up to kWarp * kElements_ units of a row lie in its warp: a lane holds runs of kVector_
+// consecutive units. Elements beyond the last unit are -inf and follow it, so that none wins before a unit.
 template <int kVector_, int kElements_>
-struct WarpRow {
+struct RowUnits {
   static constexpr int kVector = kVector_;
   static constexpr int kElements = kElements_;
   // elements that are skipped together where a row is shorter
   static constexpr int kChunk = kVector < 4 ? 4 : kVector;
   static_assert(kElements % kChunk == 0 && kElements <= 32);
 
-  float value[kElements];
   int units;
 
   // Ascending with the element.
@@ -57,15 +58,21 @@ struct WarpRow {
   __device__ __forceinline__ bool has_chunk(int first) const {
     return first == 0 || first * static_cast<int>(kWarp) < units;
   }
+};
+
+// What every form of a row has, from its `value(element)`.
+template <class Row, int kVector, int kElements>
+struct RowOf : RowUnits<kVector, kElements> {
+  using Units = RowUnits<kVector, kElements>;
 
   // run(element, value), the element a constant of the compiler.
   template <class Run>
   __device__ __forceinline__ void for_each(Run run) const {
 #pragma unroll
-    for (int first = 0; first < kElements; first += kChunk) {
-      if (!has_chunk(first)) break;
+    for (int first = 0; first < kElements; first += Units::kChunk) {
+      if (!this->has_chunk(first)) break;
 #pragma unroll
-      for (int i = first; i < first + kChunk; ++i) run(i, value[i]);
+      for (int i = first; i < first + Units::kChunk; ++i) run(i, static_cast<const Row*>(this)->value(i));
     }
   }
 
@@ -78,16 +85,31 @@ struct WarpRow {
   }
 };
 
+template <int kVector, int kElements>
+struct WarpRow : RowOf<WarpRow<kVector, kElements>, kVector, kElements> {
+  float element[kElements];
+
+  __device__ __forceinline__ float value(int i) const { return element[i]; }
+};
+
 struct Cut {
   float threshold;  // the k-th largest value
   int32_t unit;     // the last unit that is among the k largest with this value
 };
 
+// The value of a key without its lowest bits, which are alike in all values of the dtype.
+template <int kFreeBits>
+__device__ __forceinline__ float value_above(uint32_t key) {
+  return __uint_as_float(__float_as_uint(value_of(key)) & ~((1u << kFreeBits) - 1));
+}
+
 // A value that at least k elements of the warp reach, from the largest of each lane; k <= 32. The lane's
 // number in the lowest bits makes keys distinct, so that one leaves at a time, at the price of a slightly
-// lower bound.
+// lower bound where they are not free.
+template <int kFreeBits = 0>
 __device__ __forceinline__ uint32_t bound_of(float lane_top, int k) {
-  uint32_t key = (key_of(lane_top) & ~31u) | lane_index();
+  constexpr uint32_t kLowest = kFreeBits < 5 ? 31u : (1u << kFreeBits) - 1;
+  uint32_t key = (key_of(lane_top) & ~kLowest) | lane_index();
   uint32_t bound;
   if (k <= 16) {
 #pragma unroll 4
@@ -102,7 +124,35 @@ __device__ __forceinline__ uint32_t bound_of(float lane_top, int k) {
     }
     bound = __reduce_min_sync(kAllLanes, key);
   }
-  return max(bound & ~31u, kKeyOfMinusInfinity);
+  return max(bound & ~kLowest, kKeyOfMinusInfinity);
+}
+
+// The bounds of two rows, whose reductions need not wait for each other.
+template <int kFreeBits>
+__device__ __forceinline__ void bounds_of(float first_top, float second_top, int k, uint32_t& first,
+                                          uint32_t& second) {
+  constexpr uint32_t kLowest = kFreeBits < 5 ? 31u : (1u << kFreeBits) - 1;
+  uint32_t one = (key_of(first_top) & ~kLowest) | lane_index();
+  uint32_t other = (key_of(second_top) & ~kLowest) | lane_index();
+  if (k <= 16) {
+#pragma unroll 4
+    for (int i = 1; i < k; ++i) {
+      if (one == __reduce_max_sync(kAllLanes, one)) one = 0;
+      if (other == __reduce_max_sync(kAllLanes, other)) other = 0;
+    }
+    first = __reduce_max_sync(kAllLanes, one);
+    second = __reduce_max_sync(kAllLanes, other);
+  } else {
+#pragma unroll 4
+    for (int i = k; i < 32; ++i) {
+      if (one == __reduce_min_sync(kAllLanes, one)) one = ~0u;
+      if (other == __reduce_min_sync(kAllLanes, other)) other = ~0u;
+    }
+    first = __reduce_min_sync(kAllLanes, one);
+    second = __reduce_min_sync(kAllLanes, other);
+  }
+  first = max(first & ~kLowest, kKeyOfMinusInfinity);
+  second = max(second & ~kLowest, kKeyOfMinusInfinity);
 }
 
 // Elements that the lanes can select among when they have moved to them.
@@ -210,6 +260,16 @@ __device__ __forceinline__ int bisect_unit(const Row& row, uint32_t mask, int co
   return high;
 }
 
+// The k-th largest by bisection; at least k elements reach the value of the bound.
+template <int kFreeBits, class Row>
+__device__ __forceinline__ Cut select_in_row(const Row& row, float lane_top, uint32_t bound, int k) {
+  const float threshold = bisect_threshold<kFreeBits>(row, lane_top, bound, k);
+  int above = 0;
+  row.for_each([&](int, float v) { above += v > threshold; });
+  above = __reduce_add_sync(kAllLanes, above);
+  return {threshold, bisect_unit(row, row.mask([&](float v) { return v == threshold; }), k - above)};
+}
+
 // The k-th largest of a row without NaN, 1 <= k <= units. lane_top: the largest of this lane; read: the value
 // of a unit, from memory; list: kListed words of shared memory that are the warp's own.
 template <int kFreeBits, class Row, class Read>
@@ -223,11 +283,203 @@ __device__ __forceinline__ Cut select_kth(const Row& row, float lane_top, int k,
     if (listed <= static_cast<int>(kWarp)) return cut_of_list<1>(list, listed, k, unit_of, read);
     if (listed <= kListed) return cut_of_list<2>(list, listed, k, unit_of, read);
   }
-  const float threshold = bisect_threshold<kFreeBits>(row, lane_top, bound, k);
-  int above = 0;
-  row.for_each([&](int, float v) { above += v > threshold; });
-  above = __reduce_add_sync(kAllLanes, above);
-  return {threshold, bisect_unit(row, row.mask([&](float v) { return v == threshold; }), k - above)};
+  return select_in_row<kFreeBits>(row, lane_top, bound, k);
+}
+
+// --- rows of 16-bit elements ----------------------------------------------------------------------
+
+// Two elements of a word at once.
+template <class T>
+struct Pair;
+
+template <>
+struct Pair<bf16> {
+  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return ptx::max_nan_bf16x2(a, b); }
+  static __device__ __forceinline__ float low(uint32_t word) { return __uint_as_float(word << 16); }
+  static __device__ __forceinline__ float high(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
+  // of two values of the dtype
+  static __device__ __forceinline__ uint32_t of(float low, float high) {
+    return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+  }
+  // of any two values
+  static __device__ __forceinline__ uint32_t rounded(float low, float high) {
+    return ptx::cvt_rn_bf16x2_f32(high, low);
+  }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static __device__ __forceinline__ uint32_t reaching(uint32_t a, uint32_t b) {
+    return (low(a) >= low(b) ? 0xffffu : 0) | (high(a) >= high(b) ? 0xffff0000u : 0);
+  }
+  static __device__ __forceinline__ uint32_t above(uint32_t a, uint32_t b) {
+    return (low(a) > low(b) ? 0xffffu : 0) | (high(a) > high(b) ? 0xffff0000u : 0);
+  }
+#else
+  static __device__ __forceinline__ uint32_t reaching(uint32_t a, uint32_t b) {
+    return ptx::set_ge_u32_bf16x2(a, b);
+  }
+  static __device__ __forceinline__ uint32_t above(uint32_t a, uint32_t b) {
+    return ptx::set_gt_u32_bf16x2(a, b);
+  }
+#endif
+};
+
+template <>
+struct Pair<f16> {
+  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return ptx::max_nan_f16x2(a, b); }
+  static __device__ __forceinline__ float low(uint32_t word) {
+    return ptx::cvt_f32_f16(static_cast<uint16_t>(word));
+  }
+  static __device__ __forceinline__ float high(uint32_t word) {
+    return ptx::cvt_f32_f16(static_cast<uint16_t>(word >> 16));
+  }
+  static __device__ __forceinline__ uint32_t of(float low, float high) {
+    return ptx::cvt_rn_f16x2_f32(high, low);
+  }
+  static __device__ __forceinline__ uint32_t rounded(float low, float high) { return of(low, high); }
+  static __device__ __forceinline__ uint32_t reaching(uint32_t a, uint32_t b) {
+    return ptx::set_ge_u32_f16x2(a, b);
+  }
+  static __device__ __forceinline__ uint32_t above(uint32_t a, uint32_t b) {
+    return ptx::set_gt_u32_f16x2(a, b);
+  }
+};
+
+// The larger of each half of the words; NaN where any is.
+template <class T, int kWords>
+__device__ __forceinline__ uint32_t largest_of(const uint32_t (&word)[kWords]) {
+  // several at a time, for they wait for each other
+  constexpr int kAtOnce = 4;
+  static_assert(kWords >= kAtOnce);
+  uint32_t most[kAtOnce];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    most[i % kAtOnce] = i < kAtOnce ? word[i] : Pair<T>::max(most[i % kAtOnce], word[i]);
+  }
+  return Pair<T>::max(Pair<T>::max(most[0], most[1]), Pair<T>::max(most[2], most[3]));
+}
+
+// Which of up to 16 words reach the bound: a bit each, of the lower halves from bit 0, of the upper from 16.
+template <class T, int kWords>
+__device__ __forceinline__ uint32_t reaching_mask(const uint32_t* word, uint32_t bound) {
+  static_assert(kWords <= 16);
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) bits |= Pair<T>::reaching(word[i], bound) & (0x00010001u << i);
+  return bits;
+}
+
+// Elements of a lane that selection looks at.
+constexpr int kMine = kListed / static_cast<int>(kWarp);
+
+// The k largest of a position.
+struct Chosen {
+  float threshold;
+  int32_t cut;
+  bool listed;  // every winner is in a lane, below
+  bool ties;    // some unit may equal the threshold and not win
+  // this lane's
+  uint32_t key[kMine];  // ~0 unless it wins
+  int unit[kMine];
+  float value[kMine];
+
+  __device__ __forceinline__ bool wins(int i) const { return key[i] != ~0u; }
+};
+
+__device__ __forceinline__ Chosen none_chosen() {
+  return {0.0f, 0, false, true, {~0u, ~0u}, {0, 0}, {0.0f, 0.0f}};
+}
+
+// The bits of the masks into the list of the warp, as bit * kWarp + lane, unless they are more than kListed;
+// their number. Lanes have few bits each.
+__device__ __forceinline__ int list_bits(uint32_t mask, unsigned* list) {
+  int listed = 0, next;
+  unsigned lanes = __ballot_sync(kAllLanes, mask != 0);
+#pragma unroll 1
+  do {
+    next = listed + __popc(lanes);
+    if (mask != 0) {
+      const unsigned bit = 31u - static_cast<unsigned>(__clz(static_cast<int>(mask)));
+      list[listed + __popc(lanes & lanes_below())] = bit * kWarp + lane_index();
+      mask ^= 1u << bit;
+    }
+    listed = next;
+    lanes = __ballot_sync(kAllLanes, mask != 0);
+  } while (lanes != 0 && listed + __popc(lanes) <= kListed);
+  __syncwarp();
+  return lanes != 0 ? kListed + 1 : listed;
+}
+
+// The k-th largest of `count` units, of which this lane has those that are not negative. Keys end with the
+// unit, so that they are distinct and the lowest of equal ones is the greatest.
+template <int kFreeBits, class Read>
+__device__ __forceinline__ void choose_among(const int (&unit)[kMine], int count, int k, Read read,
+                                             Chosen& chosen) {
+  constexpr uint32_t kLowest = (1u << kFreeBits) - 1;
+  uint32_t key[kMine];
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    chosen.unit[i] = unit[i];
+    chosen.value[i] = 0.0f;
+    key[i] = ~0u;
+    if (unit[i] >= 0) {
+      chosen.value[i] = read(unit[i]);
+      key[i] = (key_of(chosen.value[i]) | kLowest) - static_cast<uint32_t>(unit[i]);
+    }
+  }
+  uint32_t left = 0;
+#pragma unroll 1
+  for (int more = count - k; more > 0; --more) {
+    left = __reduce_min_sync(kAllLanes, min(key[0], key[1]));
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) key[i] = key[i] == left ? ~0u : key[i];
+  }
+  const uint32_t last = __reduce_min_sync(kAllLanes, min(key[0], key[1]));
+  chosen.threshold = value_above<kFreeBits>(last);
+  chosen.cut = static_cast<int32_t>(~last & kLowest);
+  chosen.listed = true;
+  chosen.ties = ((left ^ last) & ~kLowest) == 0;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) chosen.key[i] = key[i];
+}
+
+// Of the row of a position without NaN. unit_of(bit, lane) is the unit of a bit of the mask, which has those
+// that reach the bound, where k is at most kWarp; read as of select_kth.
+template <int kFreeBits, class Row, class Unit, class Read>
+__device__ __forceinline__ Chosen choose(const Row& row, float lane_top, uint32_t bound, uint32_t mask, int k,
+                                         Unit unit_of, Read read, unsigned* list) {
+  static_assert(kMine == 2);
+  Chosen chosen = none_chosen();
+  int count = kListed + 1;
+  if (k <= static_cast<int>(kWarp)) {
+    // mostly no lane has more than kMine
+    int unit[kMine];
+    uint32_t rest = mask;
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const unsigned bit = 31u - static_cast<unsigned>(__clz(static_cast<int>(rest)));
+      unit[i] = rest != 0 ? unit_of(bit, lane_index()) : -1;
+      rest &= ~(1u << (bit & 31));
+    }
+    if (!__any_sync(kAllLanes, rest != 0)) {
+      count = __reduce_add_sync(kAllLanes, __popc(mask));
+    } else {
+      count = list_bits(mask, list);
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) {
+        const int entry = i * static_cast<int>(kWarp) + static_cast<int>(lane_index());
+        unit[i] = entry < count && count <= kListed ? unit_of(list[entry] / kWarp, list[entry] % kWarp) : -1;
+      }
+      // before the next row's list
+      __syncwarp();
+    }
+    if (count <= kListed) {
+      choose_among<kFreeBits>(unit, count, k, read, chosen);
+      return chosen;
+    }
+  }
+  const Cut cut = select_in_row<kFreeBits>(row, lane_top, bound, k);
+  chosen.threshold = cut.threshold;
+  chosen.cut = cut.unit;
+  return chosen;
 }
 
 }  // namespace ghl

@@ -16,7 +16,7 @@ from strategies import rules
 from torch import Tensor
 
 from ghl_kernels.backends import eager
-from ghl_kernels.backends.cuda.kernels.arguments import stream_of
+from ghl_kernels.backends.cuda.kernels.arguments import addresses, stream_of
 from ghl_kernels.backends.gpu.layout import responses
 from ghl_kernels.backends.gpu.state import needs
 from ghl_kernels.rule import Competition
@@ -274,6 +274,24 @@ def test_survivors_that_are_too_many(units: int, k: int, negative: bool, dtype: 
         assert_activities(compete.activities(layout, 1, competition, dtype), u, 1, competition)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("units", [128, 384, 520, 768, 1024])
+def test_winners_of_whole_runs(units: int, dtype: torch.dtype) -> None:
+    """Winners copied 8 and 16 bytes at a time: with ties, a NaN, many survivors in a lane or in all."""
+    u = torch.randn(32, units)
+    u[1::4] = coarse((8, units))
+    u[2::4] = (u[2::4] * 4).round() / 4
+    u[3] = -u[3].abs()
+    u[7, units - 3] = float("nan")
+    u[11, 8:13] += 20.0
+    u[15, 0::128] += 20.0
+    u = u.to(dtype)
+    for layout, k in itertools.product((u, u.t().contiguous().t()), (1, 8, 20, 32)):
+        competition = Competition("linear", k, 1.0, False)
+        assert_activities(compete.activities(layout, 1, competition, dtype), layout, 1, competition)
+        assert_state(layout, 1, competition)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_very_long_rows(dtype: torch.dtype) -> None:
     """In shared memory in a 16-bit dtype, else read again; selected from a list, or by digits."""
@@ -351,7 +369,7 @@ def test_any_rule(data: st.DataObject) -> None:
 
 def test_refusals_name_operation_and_shape(cuda: ModuleType) -> None:
     u = torch.zeros(3, 5)
-    arguments = compete._arguments(responses(u, 1), 3, Competition("linear", 2, 1.0, False))
+    arguments = addresses(compete._arguments(responses(u, 1), 3, Competition("linear", 2, 1.0, False)))
     y = {"y": u.data_ptr(), "y_dtype": 1, "y_layout": (0, 1, 5)}
     with pytest.raises(RuntimeError, match=r"competition of \(1, 5, 3\), 9 winners: winners must lie"):
         cuda.compete(**{**arguments, "winners": 9}, **stream_of(u))

@@ -443,6 +443,8 @@ def test_functions_of_bits(plain: Program) -> None:
         "funnel": [5, 0x30000001],
         "high": [2**32 - 2, -1, 3],
         "max": [1, 1, 3, np.nan],
+        # -0 below 0 but not less; NaN; a subnormal
+        "pairs": [0x00007FFF, 0x4000BC00, 0xFFFF0000, 0xFFFF, 0xFFFF, 0xFFFF],
     }
     for name, row in expected.items():
         np.testing.assert_array_equal(rows[name], row, name)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bit>
+#include <functional>
 
 #include "cuda/host/cuda_on_host.h"
 
@@ -69,6 +70,48 @@ inline float ex2_approx_ftz_f32(float value) {
 
 inline float max_nan_f32(float a, float b) {
   return a != a || b != b ? std::numeric_limits<float>::quiet_NaN() : std::fmax(a, b);
+}
+
+// Of two 16-bit floats each, widened by `to_float`: the bits of the larger ones, NaN where either is.
+template <class ToFloat>
+uint32_t max_nan_x2(uint32_t a, uint32_t b, ToFloat to_float) {
+  uint32_t result = 0;
+  for (unsigned shift = 0; shift < 32; shift += 16) {
+    const uint16_t one = static_cast<uint16_t>(a >> shift), other = static_cast<uint16_t>(b >> shift);
+    const float x = to_float(one), y = to_float(other);
+    uint32_t larger = x > y || (x == y && !std::signbit(x)) ? one : other;
+    if (x != x || y != y) larger = 0x7fff;
+    result |= larger << shift;
+  }
+  return result;
+}
+
+inline uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) { return max_nan_x2(a, b, bf16_to_float); }
+inline uint32_t max_nan_f16x2(uint32_t a, uint32_t b) { return max_nan_x2(a, b, cvt_f32_f16); }
+
+// 0xffff in the halves where `holds` of the two floats.
+template <class ToFloat, class Holds>
+uint32_t set_x2(uint32_t a, uint32_t b, ToFloat to_float, Holds holds) {
+  uint32_t result = 0;
+  for (unsigned shift = 0; shift < 32; shift += 16) {
+    const float x = to_float(static_cast<uint16_t>(a >> shift)),
+                y = to_float(static_cast<uint16_t>(b >> shift));
+    if (holds(x, y)) result |= 0xffffu << shift;
+  }
+  return result;
+}
+
+inline uint32_t set_ge_u32_bf16x2(uint32_t a, uint32_t b) {
+  return set_x2(a, b, bf16_to_float, std::greater_equal<float>());
+}
+inline uint32_t set_gt_u32_bf16x2(uint32_t a, uint32_t b) {
+  return set_x2(a, b, bf16_to_float, std::greater<float>());
+}
+inline uint32_t set_ge_u32_f16x2(uint32_t a, uint32_t b) {
+  return set_x2(a, b, cvt_f32_f16, std::greater_equal<float>());
+}
+inline uint32_t set_gt_u32_f16x2(uint32_t a, uint32_t b) {
+  return set_x2(a, b, cvt_f32_f16, std::greater<float>());
 }
 
 // --- memory -------------------------------------------------------------------------------------

@@ -82,6 +82,12 @@ const Register bits("bits", [] {
                          1.0 * static_cast<double>(__umul64hi(1ull << 63, 6))});
   const float nan = __int_as_float(0x7fffffff);
   print<double>("max", {max(nan, 1.0f), min(1.0f, nan), max(2, 3) + 0.0, ptx::max_nan_f32(1.0f, nan)});
+  print<double>("pairs", {1.0 * ptx::max_nan_bf16x2(0x80003f80, 0x00007fc1),
+                          1.0 * ptx::max_nan_f16x2(0x3c00c000, 0x4000bc00),
+                          1.0 * ptx::set_ge_u32_bf16x2(0x80003f80, 0x00004000),
+                          1.0 * ptx::set_gt_u32_bf16x2(0x80004000, 0x00003f80),
+                          1.0 * ptx::set_ge_u32_f16x2(0x7e003c00, 0x7e003c00),
+                          1.0 * ptx::set_gt_u32_f16x2(0x3c000001, 0x3c000000)});
 });
 
 // --- cp.async -----------------------------------------------------------------------------------
