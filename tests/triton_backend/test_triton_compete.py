@@ -266,13 +266,10 @@ def bisections(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 
 def crowded() -> Tensor:
-    """The k = 4 largest in one group of 8, and dozens of distinct values above the fourth largest maximum."""
-    row = torch.linspace(-10.0, -9.0, 64)
-    row[:8] = torch.arange(100.0, 92.0, -1.0)
-    row[8:16] = 20.0 + 2 * torch.arange(8.0)
-    row[16:24] = 10.0 + torch.arange(8.0)
-    row[24] = 5.0
-    return row
+    """The k = 8 largest in one group, and dozens of distinct values above the eighth of two of each group."""
+    row = torch.linspace(-10.0, -9.0, 256).view(8, 32)
+    row[:, :8] = 200.0 - 8 * torch.arange(8.0) - torch.arange(8.0)[:, None]
+    return row.flatten()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -280,8 +277,8 @@ def crowded() -> Tensor:
 def test_bisection_ends_what_raising_does_not(
     bisections: list[None], dtype: torch.dtype, negative: bool
 ) -> None:
-    competition = Competition("linear", 4, 1.0, False)
-    easy, hard = noise((1, 64)).to(dtype), crowded().to(dtype)[None]
+    competition = Competition("linear", 8, 1.0, False)
+    easy, hard = noise((1, 256)).to(dtype), crowded().to(dtype)[None]
     if negative:
         hard = -1 / (hard + 11)
     check(easy, 1, competition)
@@ -364,13 +361,13 @@ def test_tiles(gpu: Arch, planes: bool, dtype: torch.dtype) -> None:
     for units, inner in itertools.product((*UNITS, 384, 1000, 4096, 70_000), (1, 49, 4096)):
         strides = (units * inner, 1, inner) if planes else (units * inner, units, 1)
         cut = tiles.Grid(torch.empty(0, dtype=dtype), 3, inner, *strides)
-        for k in {0, 1, min(units, 9), units // 2, units}:
-            tile = tiles.tile_of(cut, units, k, gpu)
-            assert tile.positions * tile.units <= 32 * gpu.warp * tile.warps
-            assert tile.whole == (tile.units >= units)
-            if tile.group and tile.whole:
-                width = tile.units // tile.group
-                groups = min(units, width) if tile.strided else -(-units // tile.group)
-                assert 2 * k <= groups <= width
-            elif tile.group:
-                assert 2 * k <= tile.units
+        for k, crowded in itertools.product({0, 1, min(units, 9), units // 2, units}, (False, True)):
+            tile = tiles.tile_of(cut, units, k, gpu, crowded=crowded)
+            held = tile.positions * tile.units * tile.pieces
+            # rows in pieces need registers for what is gathered over them
+            assert held <= (24 if crowded and tile.whole else 48) * gpu.warp * tile.warps
+            assert tile.whole == (tile.units * tile.pieces >= units)
+            assert tile.units <= units
+            assert units <= 1 << tile.unit_bits or not tile.unit_bits
+            if tile.bounded:
+                assert 2 * k <= tile.units or (tile.pieces == 1 and tile.whole)

@@ -23,6 +23,36 @@ def constants(competition: Competition) -> dict[str, Any]:
 
 
 @triton.jit
+def activity_of(
+    u,
+    unit,
+    wins,
+    lost,
+    logsumexp,
+    first,
+    scale,
+    ACTIVITY: tl.constexpr,
+    SELECTS: tl.constexpr,
+    ANTI: tl.constexpr,
+):
+    """y of a tile of u (float32); ``lost`` is that of units that do not win."""
+    if ACTIVITY == "softmax":
+        # not u * (scale * log2(e)), which overflows where u / temperature does not
+        y = tl.exp2((u * scale - logsumexp) * LOG2E)
+    elif ACTIVITY == "linear":
+        y = u
+    elif ACTIVITY == "relu":
+        y = tl.maximum(u, 0.0)
+    else:
+        y = tl.zeros_like(u) + 1.0
+    if SELECTS:
+        y = tl.where(wins, y, lost)
+    if ANTI:
+        y = tl.where(unit == first, y, -y)
+    return y
+
+
+@triton.jit
 def activities(
     u,
     unit,
@@ -40,19 +70,8 @@ def activities(
     scale is 1 / temperature. Where u is masked off it must be -inf for softmax and 0 otherwise, with
     a threshold of +inf and a logsumexp of 0: y is then 0.
     """
-    if ACTIVITY == "softmax":
-        # not u * (scale * log2(e)), which overflows where u / temperature does not
-        y = tl.exp2((u * scale - logsumexp) * LOG2E)
-    elif ACTIVITY == "linear":
-        y = u
-    elif ACTIVITY == "relu":
-        y = tl.maximum(u, 0.0)
-    else:
-        y = tl.zeros_like(u) + 1.0
-    if SELECTS:
-        y = tl.where((u > threshold) | ((u == threshold) & (unit <= cut)), y, 0.0)
-    if ANTI:
-        y = tl.where(unit == first, y, -y)
+    wins = (u > threshold) | ((u == threshold) & (unit <= cut)) if SELECTS else u == u
+    y = activity_of(u, unit, wins, 0.0, logsumexp, first, scale, ACTIVITY, SELECTS, ANTI)
     if SELECTS or ACTIVITY != "softmax":
         # comparisons with NaN are false and would hide it
         y = tl.where(threshold == threshold, y, float("nan"))

@@ -10,13 +10,14 @@ from torch import Tensor
 from ghl_kernels.backends.gpu.layout import Responses
 from ghl_kernels.backends.triton.arch import Arch
 
-# Values of u that a lane holds, in float32: enough loads in flight, and registers left to compute with.
-_PER_LANE = 32
+# Values of u that a lane holds: enough loads in flight, and registers left to compute with.
+_PER_LANE = 48
 _MOST_WARPS = 8  # with more a lane has too few registers
 _MOST_UNITS = 8192  # of a row in registers
 _CHUNK = 4096  # values at a time of longer rows
-_VECTOR = 16  # bytes of one load
 _SECTOR = 32  # bytes that memory moves at least
+_MOST_PIECES = 8  # of a row: units whose maximum bounds the k-th largest
+_LEAST_UNITS = 32  # of a piece, where units are contiguous
 
 
 class Grid(NamedTuple):
@@ -38,12 +39,6 @@ class Grid(NamedTuple):
         """Positions are contiguous, or at least closer together than units."""
         return self.position_stride < self.unit_stride and self.inner > 1
 
-    @property
-    def vectors(self) -> bool:
-        """One load can put several units into a lane; Triton knows so from factors of 16."""
-        strides = self.batch_stride, self.position_stride, self.tensor.data_ptr()
-        return self.unit_stride == 1 and not any(stride % 16 for stride in strides)
-
 
 def grid(u: Responses, inner: int = 0) -> Grid:
     """inner: to cut one run of positions into items as another tensor's are cut."""
@@ -55,8 +50,8 @@ def grid(u: Responses, inner: int = 0) -> Grid:
     return Grid(u.tensor, u.positions // inner, inner, inner * u.batch_stride, u.batch_stride, u.unit_stride)
 
 
-# For some tiles ptxas would rather spill than run fewer blocks at a time. It is told to take all registers
-# for those alone: told so for others it spills where it otherwise does not.
+# For tiles of rows in pieces ptxas would rather spill than run fewer blocks at a time. It is told to take all
+# registers for those alone: told so for others it spills, or runs fewer blocks, where it otherwise does not.
 _REGISTERS = 255
 
 
@@ -64,55 +59,69 @@ class Tile(NamedTuple):
     """How the competition is cut into programs."""
 
     positions: int
-    units: int
-    whole: bool  # a tile holds all units of its positions
-    group: int  # of units whose maxima bound the k-th largest; 0: k is too large for that
-    strided: bool  # a group's units lie far apart, since neighbours are not in one thread
+    units: int  # of a piece
+    pieces: int
+    whole: bool  # the pieces are all units of the positions
+    bounded: bool  # there are enough groups, a unit of every piece, to bound the k-th largest by their maxima
+    unit_bits: int  # beside a value of 16 bits, so that no two are equal; 0: values are compared as they are
+    vector: int  # positions that a lane holds beside each other
     warps: int
-    registers: int | None  # a thread may take; None: the compiler weighs them against occupancy
+    registers: int | None = None  # a thread may take; None: the compiler weighs them against occupancy
 
 
-def tile_of(cut: Grid, units: int, winners: int, gpu: Arch) -> Tile:
+def tile_of(cut: Grid, units: int, winners: int, gpu: Arch, *, crowded: bool = False) -> Tile:
     """The tile for a tensor of ``units`` units, of which ``winners`` win (0: none are chosen).
 
     Where positions are contiguous a tile takes at least a sector of memory of them. Else a row lies within
-    one warp where it fits, so that no reduction has to wait for other warps.
+    one warp where it fits, so that no reduction has to wait for other warps. ``crowded``: other things than u
+    need registers too, as the ranks of winners among others or y in more bits.
     """
     itemsize = cut.tensor.dtype.itemsize
-    # with more values in the 64 lanes of AMD's waves LLVM's register allocation crashes for some kernels
-    warp_values = _PER_LANE * gpu.warp // (2 if gpu.is_amd else 1)
-    padded = triton.next_power_of_2(units)
-    most, chunk = _MOST_UNITS, _CHUNK
-    if cut.planes:
-        sector = _SECTOR // itemsize
-        positions = max(warp_values // padded, sector, min(2 * sector, _MOST_UNITS // padded))
-        most, chunk = most // sector, _CHUNK // sector
-    else:
+    lane = min(_lane_values(itemsize, gpu), _PER_LANE // (2 if crowded else 1))
+    inner = triton.next_power_of_2(cut.inner)
+    sector = min(_SECTOR // itemsize, inner) if cut.planes else 1
+    width, pieces = _pieces(units, winners, 1 if cut.planes else _LEAST_UNITS)
+    whole = width * pieces * sector <= min(_MOST_WARPS * gpu.warp * lane, _MOST_UNITS)
+    if not whole:
+        width, pieces = min(_CHUNK // sector, _below(units)), 1
+        # registers for what is gathered over them
+        lane //= 2
+    held = width * pieces
+    positions = max(sector, min(_below(gpu.warp * lane // held) if held <= gpu.warp * lane else 1, inner))
+    if not cut.planes:
         # a lane should not have the state of many rows
-        positions = max(1, warp_values // max(padded, 64)) * (1 if padded > 64 else 4 if cut.vectors else 2)
-    # compiled for these the same tile needs more registers, and spills
-    is_tight = gpu.name.startswith("sm_10")
-    if is_tight:
-        most, positions = most // 2, max(1, positions // 2) if cut.planes else positions
-    whole = padded <= most
-    width = padded if whole else chunk
-    positions = min(positions, triton.next_power_of_2(cut.inner))
-    # long rows need registers for what is gathered over the chunks
-    values = warp_values if whole and not (is_tight and cut.planes) else warp_values // 2
-    if padded <= 64 and not cut.planes:
-        values = warp_values * padded // 64
-    strided = not cut.vectors
-    warps = max(1, min(_MOST_WARPS, positions * width // values))
-    group = _group(units, width, winners, whole, 8 if strided else _VECTOR // itemsize, strided)
-    spills = (strided and gpu.has_wgmma) or not whole
-    registers = _REGISTERS if spills and not gpu.is_amd else None
-    return Tile(positions, width, whole, group, strided, warps, registers)
+        positions = min(positions, gpu.warp)
+    warps = max(1, min(_MOST_WARPS, triton.next_power_of_2(-(-positions * held // (gpu.warp * lane)))))
+    groups = units if pieces == 1 and whole else width // 2
+    return Tile(
+        positions,
+        width,
+        pieces,
+        whole,
+        bounded=winners <= groups,
+        unit_bits=(units - 1).bit_length() if whole and itemsize == 2 else 0,
+        vector=min(2, positions) if cut.planes else 1,
+        warps=warps,
+        registers=None if whole or gpu.is_amd else _REGISTERS,
+    )
 
 
-def _group(units: int, width: int, winners: int, whole: bool, largest: int, strided: bool) -> int:
-    """Units in a group, a power of two such that there are twice as many groups as winners, or 0."""
-    for group in (8, 4, 2):
-        groups = width if not whole else min(units, width // group) if strided else -(-units // group)
-        if group <= min(largest, width) and groups >= 2 * winners:
-            return group
-    return 0
+def _lane_values(itemsize: int, gpu: Arch) -> int:
+    """Values that a lane may hold."""
+    if gpu.is_amd:
+        # with more in the 64 lanes of a wave LLVM's register allocation crashes for some kernels
+        return _PER_LANE // 2
+    return _PER_LANE if itemsize == 2 and not gpu.name.startswith("sm_10") else 32
+
+
+def _pieces(units: int, winners: int, least: int) -> tuple[int, int]:
+    """(units of a piece, a power of two that is no more than there are units; pieces)."""
+    width = min(least, _below(units))
+    while -(-units // width) > _MOST_PIECES or (width < 2 * winners and 2 * width <= units):
+        width *= 2
+    return width, -(-units // width)
+
+
+def _below(size: int) -> int:
+    """The largest power of two up to size."""
+    return 1 << max(size, 1).bit_length() - 1
