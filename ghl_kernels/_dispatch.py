@@ -6,7 +6,7 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from types import ModuleType, TracebackType
 from typing import NamedTuple
 
@@ -148,6 +148,17 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
             return module
         _log_once(f"backend {name!r} is passed over: {refusal}")
     return _load("eager")
+
+
+def tape_settings(device: torch.device, dtype: torch.dtype) -> Hashable:
+    """What the choices of an operation on such tensors depend on; None where none is taped, see _tape.py."""
+    names = _PREFERENCE.get(device.type, ()) if is_automatic() else (_Choice.name,)
+    for name in names:
+        module = _load(name)
+        if not module.refusal(device, dtype):
+            settings = getattr(module, "tape_settings", None)
+            return None if settings is None else (_Choice.name, name, settings(device, dtype))
+    return None
 
 
 def select_with(operation: str, device: torch.device, dtype: torch.dtype) -> ModuleType:

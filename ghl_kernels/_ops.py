@@ -20,7 +20,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ghl_kernels import _check, _dispatch, _probe
+from ghl_kernels import _check, _dispatch, _probe, _tape
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
 from ghl_kernels.backends.eager import SGDOptions, Stepped, moments_size, sum_dtype
@@ -36,17 +36,27 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as the real implementation of an operation on every device."""
     name = schema.split("(")[0]
     _LIB.define(schema)
+    makes_only = "!" not in schema and name != "delta"  # whose kernels are told addresses
 
     def register(body: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(body)
         def implementation(first: Tensor | list[Tensor], *args: Any) -> Any:
-            device = (first if isinstance(first, Tensor) else first[0]).device.type
+            tensor = first if isinstance(first, Tensor) else first[0]
+            device = tensor.device
+            settings = _dispatch.tape_settings(device, tensor.dtype) if makes_only else None
             with torch.no_grad():
-                if torch.is_autocast_enabled(device):
-                    # the sums are float32 by definition; autocast would run their products in 16 bits
-                    with torch.autocast(device, enabled=False):
+                # the sums are float32 by definition; autocast would run their products in 16 bits. Only its
+                # switch is turned: the context manager costs as much as some of the operations
+                in_autocast = torch.is_autocast_enabled(device.type)
+                if in_autocast:
+                    torch.set_autocast_enabled(device.type, False)
+                try:
+                    if settings is None:
                         return body(first, *args)
-                return body(first, *args)
+                    return _tape.run(name, settings, body, (first, *args))
+                finally:
+                    if in_autocast:
+                        torch.set_autocast_enabled(device.type, True)
 
         for key in ("CPU", "CUDA"):
             _LIB.impl(name, implementation, key)

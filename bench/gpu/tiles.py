@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from unittest import mock
 
+from ghl_kernels._tape import bypassed
 from ghl_kernels.backends.triton import config
 from ghl_kernels.backends.triton.arch import Arch
 from ghl_kernels.backends.triton.config import Problem, Tile
@@ -31,7 +32,7 @@ def problem_of(call: Callable[[], object]) -> Problem | None:
 @contextlib.contextmanager
 def forced(tile: Tile) -> Iterator[None]:
     """Every correlation inside runs with this tile."""
-    with mock.patch.object(config, "tile", return_value=tile):
+    with bypassed(), mock.patch.object(config, "tile", return_value=tile):
         yield
 
 
@@ -48,21 +49,21 @@ def candidate(index: int) -> Iterator[list[int]]:
         counts.append(len(tiles))
         return tiles[min(index, len(tiles) - 1)]
 
-    with mock.patch.object(config, "tile", choose):
+    with bypassed(), mock.patch.object(config, "tile", choose):
         yield counts
 
 
 @contextlib.contextmanager
 def library(used: bool) -> Iterator[None]:
     """Every product inside is the library's where it can be, or never."""
-    with mock.patch.object(config, "prefers_library", return_value=used):
+    with bypassed(), mock.patch.object(config, "prefers_library", return_value=used):
         yield
 
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Every float32 product inside takes one pass of tf32, or as many as float32 needs."""
-    with mock.patch.object(config, "allows_tf32", return_value=allowed):
+    with bypassed(), mock.patch.object(config, "allows_tf32", return_value=allowed):
         yield
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 
 from ghl_kernels import _native
 from ghl_kernels.backends.gpu import OPERATION_NAMES
+from ghl_kernels.backends.gpu.precision import allows_tf32
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)
@@ -55,6 +57,11 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda" or torch.version.hip:
         return f"it runs on CUDA tensors, not on {'ROCm' if torch.version.hip else device.type}"
     return _device_problem(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def tape_settings(device: torch.device, dtype: torch.dtype) -> Hashable:
+    """What kernels are chosen by, besides an operation's arguments and the device."""
+    return (allows_tf32(False), allows_tf32(True)) if dtype == torch.float32 else None
 
 
 @functools.cache

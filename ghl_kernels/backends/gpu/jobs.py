@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -48,26 +50,32 @@ def _prepare(job: Job) -> Job:
     if decay in ("subspace", "sanger"):
         A = A - eager.mixing(job.moments, job.weight.flatten(1).to(A.dtype), job.groups, decay).view(A.shape)
         decay = "none"
-    out = job.out if _has_dense_rows(job.out) else job.out.contiguous()
-    return job._replace(
-        A=ordered_as(out, A),
-        moments=job.moments.contiguous(),
-        weight=ordered_as(out, job.weight),
-        out=out,
-        decay=decay,
+    out = job.out if _is_dense(_within_row(job.out)) else job.out.contiguous()
+    return Job(
+        ordered_as(out, A),
+        job.moments.contiguous(),
+        ordered_as(out, job.weight),
+        out,
+        job.groups,
+        decay,
+        job.normalize,
     )
 
 
-def _within_row(tensor: Tensor) -> list[tuple[int, int]]:
+def _within_row(tensor: Tensor) -> tuple[tuple[int, int], ...]:
     """(stride, size) of the dimensions that a row has."""
-    return [
-        (stride, size) for stride, size in zip(tensor.stride()[1:], tensor.shape[1:], strict=True) if size > 1
-    ]
+    return _of_row(tensor.stride(), tensor.shape)
 
 
-def _has_dense_rows(tensor: Tensor) -> bool:
+@functools.lru_cache(maxsize=4096)
+def _of_row(strides: tuple[int, ...], shape: torch.Size) -> tuple[tuple[int, int], ...]:
+    return tuple((stride, size) for stride, size in zip(strides[1:], shape[1:], strict=True) if size > 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_dense(row: tuple[tuple[int, int], ...]) -> bool:
     expected = 1
-    for stride, size in sorted(_within_row(tensor)):
+    for stride, size in sorted(row):
         if stride != expected:
             return False
         expected *= size
@@ -78,5 +86,5 @@ def ordered_as(model: Tensor, tensor: Tensor) -> Tensor:
     """The tensor itself where its rows are laid out as the model's, otherwise a copy that is."""
     if _within_row(tensor) == _within_row(model):
         return tensor
-    strides = (model[0].numel(), *model.stride()[1:])
+    strides = (math.prod(model.shape[1:]), *model.stride()[1:])
     return torch.empty_strided(model.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -10,11 +10,14 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 
 from ghl_kernels.backends.gpu import OPERATION_NAMES
+from ghl_kernels.backends.gpu.precision import allows_tf32
+from ghl_kernels.backends.triton.arch import of as arch_of
 
 _OLDEST = (3, 6)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +52,12 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda":
         return f"it runs on CUDA and ROCm tensors, not on {device.type}"
     return _device_problem(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def tape_settings(device: torch.device, dtype: torch.dtype) -> Hashable:
+    """What kernels and tiles are chosen by, besides an operation's arguments and the file of measured.py."""
+    takes_tf32 = (allows_tf32(False), allows_tf32(True)) if dtype == torch.float32 else None
+    return arch_of(device), takes_tf32
 
 
 @functools.cache

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ghl_kernels import _tape
 from ghl_kernels.backends.gpu.layout import Patches, Responses
 from ghl_kernels.backends.gpu.state import State
 from ghl_kernels.rule import Competition
@@ -15,7 +18,34 @@ DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVITY = {"softmax": 0, "linear": 1, "relu": 2, "binary": 3}
 
 
+def queue(function: Callable[..., None], **arguments: Any) -> None:
+    """Queue a kernel on the current stream of its tensors, which are its arguments in place of addresses."""
+    values = tuple(arguments.values())
+    start = functools.partial(_queue, function, tuple(arguments))
+    start(*values)
+    _tape.note(start, values)
+
+
+def _queue(function: Callable[..., None], names: tuple[str, ...], *values: Any) -> None:
+    somewhere = next(value for value in values if isinstance(value, Tensor))
+    function(**addresses(dict(zip(names, values, strict=True))), **place_of(somewhere))
+
+
+def addresses(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with addresses in place of tensors, 0 for None."""
+    return {
+        name: address(value) if value is None or isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
 def stream_of(tensor: Tensor) -> dict[str, int]:
+    """As place_of, for kernels that are not started by :func:`queue`: no tape could repeat them."""
+    _tape.refuse()
+    return place_of(tensor)
+
+
+def place_of(tensor: Tensor) -> dict[str, int]:
     """The device of a tensor and its current stream; zeros where kernels run on the CPU."""
     if tensor.device.type != "cuda":
         return {"device": 0, "stream": 0}
@@ -28,9 +58,9 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def state_addresses(state: State | None) -> dict[str, int]:
-    """The fields of a state by name, 0 for those it does not have."""
-    return {name: address(getattr(state, name, None)) for name in State._fields}
+def state_arguments(state: State | None) -> dict[str, Tensor | None]:
+    """The fields of a state by name."""
+    return {name: getattr(state, name, None) for name in State._fields}
 
 
 def patch_arguments(x: Patches) -> dict[str, Any]:
@@ -45,7 +75,7 @@ def patch_arguments(x: Patches) -> dict[str, Any]:
         "stride": x.stride,
         "padding": x.padding,
         "dilation": x.dilation,
-        "x": address(x.tensor),
+        "x": x.tensor,
         "x_stride_batch": x.batch_stride,
         "x_stride_channel": x.channel_stride,
         "x_stride": x.strides,
@@ -53,11 +83,11 @@ def patch_arguments(x: Patches) -> dict[str, Any]:
 
 
 def response_arguments(name: str, view: Responses | None) -> dict[str, Any]:
-    """The address and the layout of responses; nothing for those that are not there."""
+    """The tensor and the layout of responses; nothing for those that are not there."""
     if view is None:
         return {}
     layout = (view.inner, view.batch_stride, view.position_stride, view.unit_stride)
-    return {name: address(view.tensor), f"{name}_layout": layout}
+    return {name: view.tensor, f"{name}_layout": layout}
 
 
 def competition_arguments(competition: Competition) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ghl_kernels import _native
-from ghl_kernels.backends.cuda.kernels.arguments import ACTIVITY, DTYPE, address, state_addresses, stream_of
+from ghl_kernels.backends.cuda.kernels.arguments import ACTIVITY, DTYPE, addresses, queue, state_arguments
 from ghl_kernels.backends.gpu import competition
 from ghl_kernels.backends.gpu.layout import Responses
 from ghl_kernels.backends.gpu.state import State
@@ -27,7 +27,7 @@ def _layout(view: Responses, inner: int) -> tuple[int, int, int]:
 def _arguments(u: Responses, inner: int, competition: Competition) -> dict[str, Any]:
     """u cut into items of ``inner`` positions, and the rule."""
     return {
-        "u": u.tensor.data_ptr(),
+        "u": u.tensor,
         "u_dtype": DTYPE[u.tensor.dtype],
         "u_layout": _layout(u, inner),
         "batch": u.positions // max(inner, 1),
@@ -57,16 +57,16 @@ def _compete(
     activities: dict[str, Any] = {}
     if y is not None:
         activities = {
-            "y": y.tensor.data_ptr(),
+            "y": y.tensor,
             "y_dtype": DTYPE[y.tensor.dtype],
             "y_layout": _layout(y, inner),
         }
-    _native.load_cuda().compete(
+    queue(
+        _native.load_cuda().compete,
         **_arguments(u, inner, competition),
         **activities,
         keeps_infinity=keeps_infinity,
-        **{name: address(tensor) for name, tensor in outputs.items()},
-        **stream_of(u.tensor),
+        **outputs,
     )
 
 
@@ -81,12 +81,6 @@ def activity_sums(u: Responses, state: State, competition: Competition) -> Tenso
     cuda = _native.load_cuda()
     arguments = _arguments(u, _items(u), competition)
     total = u.tensor.new_empty(u.units, dtype=torch.float32)
-    workspace = u.tensor.new_empty(cuda.activity_sums_workspace(**arguments), dtype=torch.uint8)
-    cuda.activity_sums(
-        **arguments,
-        **state_addresses(state),
-        sum=total.data_ptr(),
-        workspace=workspace.data_ptr(),
-        **stream_of(u.tensor),
-    )
+    workspace = u.tensor.new_empty(cuda.activity_sums_workspace(**addresses(arguments)), dtype=torch.uint8)
+    queue(cuda.activity_sums, **arguments, **state_arguments(state), sum=total, workspace=workspace)
     return total

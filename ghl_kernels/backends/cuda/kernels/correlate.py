@@ -11,12 +11,13 @@ from ghl_kernels import _native
 from ghl_kernels.backends.cuda.kernels import compete
 from ghl_kernels.backends.cuda.kernels.arguments import (
     DTYPE,
-    address,
+    addresses,
     competition_arguments,
     patch_arguments,
+    place_of,
+    queue,
     response_arguments,
-    state_addresses,
-    stream_of,
+    state_arguments,
 )
 from ghl_kernels.backends.gpu.layout import VECTOR, Patches, Responses
 from ghl_kernels.backends.gpu.memory import workspace
@@ -94,16 +95,15 @@ def correlate(
         **response_arguments("u", u),
         **response_arguments("grad", grad),
         **competition_arguments(competition),
-        **state_addresses(state),
-        "a": address(A),
-        "g": address(G),
+        **state_arguments(state),
+        "a": A,
+        "g": G,
         "form": FORM[form],
-        **stream_of(x.tensor),
     }
     cuda = _native.load_cuda()
-    size = cuda.pair_workspace(**arguments)
+    size = cuda.pair_workspace(**addresses(arguments), **place_of(x.tensor))
     columns = x.taps * x.channels
     what = f"the sums of {some.units} units over {columns} inputs at {some.positions} positions"
     scratch = workspace((-(-size // 4),), device, what) if size else None
-    cuda.pair(**arguments, workspace=address(scratch))
+    queue(cuda.pair, **arguments, workspace=scratch)
     return A, G

@@ -8,12 +8,13 @@ from torch import Tensor
 from ghl_kernels import _native
 from ghl_kernels.backends.cuda.kernels.arguments import (
     DTYPE,
-    address,
+    addresses,
     competition_arguments,
     patch_arguments,
+    place_of,
+    queue,
     response_arguments,
-    state_addresses,
-    stream_of,
+    state_arguments,
 )
 from ghl_kernels.backends.gpu.layout import Patches, Responses
 from ghl_kernels.backends.gpu.memory import workspace
@@ -36,18 +37,18 @@ def correlate(
     G = torch.empty(shape, dtype=torch.float32, device=device) if grad else None
     arguments = {
         **patch_arguments(x),
-        **stream_of(x.tensor),
-        **state_addresses(state),
+        **state_arguments(state),
         "dtype": DTYPE[x.tensor.dtype],
         "units": u.units,
         **response_arguments("u", u),
         **response_arguments("grad", grad),
         **competition_arguments(competition),
-        "a": address(A),
-        "g": address(G),
+        "a": A,
+        "g": G,
         "result_layout": (x.taps, x.taps, 1),
     }
     purpose = f"the sums of {u.units} units over {x.taps} taps at {u.positions} positions"
-    scratch = workspace((cuda.depthwise_workspace(**arguments) // 4,), device, purpose)
-    cuda.depthwise(**arguments, workspace=address(scratch))
+    size = cuda.depthwise_workspace(**addresses(arguments), **place_of(x.tensor))
+    scratch = workspace((size // 4,), device, purpose)
+    queue(cuda.depthwise, **arguments, workspace=scratch)
     return A, G

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ghl_kernels import _native
-from ghl_kernels.backends.cuda.kernels.arguments import DTYPE, address, patch_arguments, stream_of
+from ghl_kernels.backends.cuda.kernels.arguments import DTYPE, addresses, patch_arguments, place_of, queue
 from ghl_kernels.backends.gpu.layout import Patches
 from ghl_kernels.backends.gpu.memory import workspace
 
@@ -27,22 +27,20 @@ def correlate(
     cuda, device = _native.load_cuda(), activity.device
     A = torch.empty((units, x.channels, x.taps), dtype=torch.float32, device=device)
     sums = torch.empty(units, dtype=torch.float32, device=device) if sum_activity else None
-    # named, so that a copy outlives the call
     unit, activity = unit.contiguous(), activity.contiguous()
     arguments = {
         **patch_arguments(x),
-        **stream_of(activity),
-        "winner_unit": address(unit),
-        "winner_activity": address(activity),
+        "winner_unit": unit,
+        "winner_activity": activity,
         "winners": unit.shape[1],
         "x_dtype": DTYPE[x.tensor.dtype],
         "units": units,
-        "a": address(A),
+        "a": A,
         "a_layout": (x.channels * x.taps, x.taps, 1),
-        "activity_sum": address(sums),
+        "activity_sum": sums,
     }
     purpose = f"the sums of {units} units of {x.channels * x.taps} inputs over {unit.numel()} winners"
-    floats = -(-cuda.sparse_workspace(**arguments) // 4)
+    floats = -(-cuda.sparse_workspace(**addresses(arguments), **place_of(activity)) // 4)
     scratch = workspace((floats,), device, purpose)
-    cuda.sparse(**arguments, workspace=address(scratch))
+    queue(cuda.sparse, **arguments, workspace=scratch)
     return A, sums

@@ -21,7 +21,7 @@ from torch import Tensor
 from ghl_kernels.backends import eager
 from ghl_kernels.backends.gpu.jobs import Job, run
 from ghl_kernels.backends.gpu.memory import workspace
-from ghl_kernels.backends.triton.launch import launch
+from ghl_kernels.backends.triton.launch import current, launch
 
 # (rows, columns) that a program holds at a time; longer rows go in pieces. A tile of a single row does not
 # compile for AMD GPUs.
@@ -396,7 +396,7 @@ def sum_splits(parts: Tensor) -> Tensor:
     result = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
     launch(
         sum_splits_kernel,
-        triton.cdiv(result.numel(), SUM_BLOCK),
+        -(-result.numel() // SUM_BLOCK),
         parts=parts,
         result=result,
         splits=parts.shape[0],
@@ -418,7 +418,7 @@ def sum_filters(parts: Tensor, channels: int) -> Tensor:
     result = torch.empty((units, channels, taps), dtype=torch.float32, device=parts.device)
     launch(
         sum_filters_kernel,
-        triton.cdiv(result.numel(), SUM_BLOCK),
+        -(-result.numel() // SUM_BLOCK),
         parts=parts,
         result=result,
         splits=splits,
@@ -442,8 +442,8 @@ def tile_of(columns: int, aligned: bool) -> tuple[int, int]:
 
 def rows_per_block(rows: int, tile_rows: int) -> int:
     """Rows of one program: a whole number of tiles, and at most MAX_BLOCKS programs."""
-    tiles = triton.cdiv(rows, tile_rows)
-    return triton.cdiv(tiles, MAX_BLOCKS) * tile_rows
+    tiles = -(-rows // tile_rows)
+    return -(-tiles // MAX_BLOCKS) * tile_rows
 
 
 def _launch_both(operation: str, rate: float, jobs: list[Job]) -> None:
@@ -461,7 +461,7 @@ def _launch_both(operation: str, rate: float, jobs: list[Job]) -> None:
         "factors": factors,
         "maxima": maxima,
         "WEIGHT": _DTYPES[jobs[0].weight.dtype],
-        "JOBS": max(LEAST_JOBS, triton.next_power_of_2(len(jobs))),
+        "JOBS": max(LEAST_JOBS, 1 << (len(jobs) - 1).bit_length()),
         "NARROW_ROWS": NARROW_ROWS,
         "NARROW_COLUMNS": NARROW_COLUMNS,
         "WIDE_ROWS": WIDE_ROWS,
@@ -503,7 +503,7 @@ def _fields(job: Job, first_row: int) -> Fields:
         rows=rows,
         columns=columns,
         rows_per_block=per_block,
-        blocks=triton.cdiv(rows, per_block),
+        blocks=-(-rows // per_block),
         first_row=first_row,
         tile=tile,
         decay=_DECAYS[job.decay],
@@ -525,7 +525,7 @@ def _on_device(values: list[int], device: torch.device) -> Tensor:
 
 def _is_capturing(device: torch.device) -> bool:
     """Whether the stream that the kernels go to is; torch answers for the current device's."""
-    with torch.cuda.device(device):
+    with current(device):
         return torch.cuda.is_current_stream_capturing()
 
 
