@@ -29,7 +29,9 @@ ROOT = HERE.parent.parent
 
 def check(*arguments: str, paths: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """The check in a process of its own: this one has Triton as an interpreter."""
-    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(paths)}
+    # without CUDA kernels on the host, which would be taken in the place of Triton's
+    environment = {name: value for name, value in os.environ.items() if name != "GHL_NATIVE_DIR"}
+    environment |= {"PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(paths)}
     command = [ROOT / "tools" / "aot_check", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -87,7 +89,8 @@ def test_an_operation_that_raises_is_a_problem(bad) -> None:
 
 def launches_after_compiling(cache: pathlib.Path, *paths: str) -> str:
     """What launch_after_compiling.py prints, with these folders before the installed packages."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    removed = ("TRITON_INTERPRET", "GHL_NATIVE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in removed}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join((*paths, str(ROOT)))}
     command = [sys.executable, HERE / "launch_after_compiling.py"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

@@ -191,13 +191,9 @@ def test_an_operation_goes_to_cuda_where_that_was_faster(
     """Only under ``auto``, and only where the CUDA backend can run it; the result is the same."""
     operation, function = OPERATIONS_BY_KEY[key]
     x, u = _sample()
-    # what else the operations run has to be Triton's; a depthwise layer's state is of 4 units
-    keys = {*OPERATIONS_BY_KEY, "4/state planes 4"} - {key}
-    others = {f"{other}:cuda": False for other in keys}
-    write(others | {f"{key}:cuda": False})
     expected = operation(x, u)
     assert cuda_calls == []
-    write(others | {f"{key}:cuda": True})
+    write({f"{key}:cuda": True})
     torch.testing.assert_close(operation(x, u), expected, rtol=0, atol=0)
     assert cuda_calls == [function]
     with ghl.use_backend("triton"):
@@ -205,6 +201,16 @@ def test_an_operation_goes_to_cuda_where_that_was_faster(
     monkeypatch.setattr(cuda, "refusal", lambda device, dtype: "no nvcc")
     operation(x, u)
     assert cuda_calls == [function]
+
+
+@pytest.mark.parametrize(("units", "taken"), [(128, False), (129, True), (1024, True), (1025, False)])
+def test_cuda_competes_by_default_on_hopper_alone(cuda_calls: list[str], units: int, taken: bool) -> None:
+    u = torch.randn(3, units)
+    OPERATIONS.compete(u, 1, KWTA)
+    assert cuda_calls == (["activities"] if taken else [])
+    del cuda_calls[:]
+    with arch.assume(arch.KNOWN["sm_80"]):
+        assert choice._competing("activities", u, units, 1) is choice.compete
 
 
 def test_a_alone_and_the_pair_go_to_cuda_by_shape(

@@ -22,7 +22,9 @@ from ghl_kernels.rule import Competition
 
 # Least steps of the main loop in a slice: the pipeline's start and the tile's stores cost about as much.
 _LEAST_STEPS = 8
-_STATE_HERE_UNITS = 256
+# Units of a tile that is no larger for its state. One that held 96 units took 4 times as long on an H100 as a
+# launch for the state and the product together.
+_STATE_HERE_UNITS = 64
 _CHUNK = 64  # channels that the CUDA backend's kernel for Hopper takes at a time
 
 
@@ -112,15 +114,13 @@ def _wgmma_candidates(problem: Problem) -> Iterator[Tile]:
             yield Tile(32, 128 if narrow else 256, 64, 8, 3)
         else:
             yield Tile(32, 128 if narrow else 256, 32, 8, 2 if narrow else 3)
-    elif problem.state_here and problem.units > 64:
-        yield Tile(256, 64, 32 if problem.results == 2 else 64, 8, 3)
     elif problem.results == 2:
-        yield from (Tile(64, 256, 64, 8, stages) for stages in (3, 2, 4))
+        yield from (Tile(64, 256, 64, 8, stages) for stages in (4, 3, 2))
         if problem.aligned and not problem.state_here:
             yield Tile(32, 256, 64, 8, 3)
     elif problem.makes_y:
         yield from (Tile(64, 256, 64, 8, stages) for stages in (4, 3))
-        if problem.units > 64 and not problem.state_here:
+        if problem.units > 64:
             yield from (Tile(128, 128, 64, 8, stages) for stages in (3, 4))
     else:
         if problem.units > 64 and not narrow and not problem.long:
@@ -136,8 +136,6 @@ def _mma_candidates(problem: Problem, arch: Arch) -> Iterator[Tile]:
     if problem.units <= 32:
         units = 16 if problem.units <= 16 else 32
         yield Tile(units, 64 if narrow else 128, 64 if problem.aligned else 32, 4, 2)
-    elif problem.state_here and problem.units > 64:
-        yield Tile(256, 64, 32, 8, 2)
     elif problem.results == 2 or problem.state_here:
         if in_tensor_memory and not narrow:
             yield Tile(64, 256, 32, 8, 3)
@@ -157,12 +155,10 @@ def _mma_candidates(problem: Problem, arch: Arch) -> Iterator[Tile]:
 
 def _mfma_candidates(problem: Problem) -> Iterator[Tile]:
     """AMD, 16 bits; 64 KiB of local memory."""
-    if problem.state_here and problem.units > 64:
-        yield Tile(256, 64, 32, 8, 2)
-    elif problem.units <= 32:
+    if problem.units <= 32:
         yield Tile(32, 64, 64, 4, 2)
     else:
-        if problem.results == 1 and problem.units > 64 and not problem.state_here:
+        if problem.results == 1 and problem.units > 64:
             yield Tile(128, 128, 32, 8, 2)
         yield Tile(64, 128, 32, 8, 2)
         if problem.results == 2 and not problem.long:
@@ -233,9 +229,9 @@ def prefers_library(problem: Problem, arch: Arch, *, is_conv: bool) -> bool:
 def prefers_cuda(problem: Problem, arch: Arch, *, rows: bool) -> bool:
     """Whether the CUDA backend's kernel is faster than any tile here.
 
-    By what was measured at shapes like this one. At others where its kernel for Hopper takes the layer, which
-    was 1.2 to 1.8 times as fast as the best tile on all of an H100's; ``rows``: units are contiguous in u
-    and dL/du, as that kernel needs them.
+    By what was measured at shapes like this one. At others where its kernel for Hopper takes the layer: on an
+    H100 it was 1.4 and 1.6 times as fast as the best tile. ``rows``: units are contiguous in u and dL/du, as
+    that kernel needs them.
     """
     known = measured.verdict(arch.name, _key(problem), "cuda")
     return _suits_hopper(problem, arch, rows=rows) if known is None else known
