@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+from ghl_kernels._tape import bypassed
 from ghl_kernels.backends.cuda.kernels import correlate
 
 VARIABLE = "GHL_GPU_CHECK_FORM"
@@ -19,6 +20,7 @@ def forced(form: str) -> Iterator[None]:
     """Every correlation of the CUDA backend inside takes this form of the kernel, never the library."""
     real = correlate.correlate
     with (
+        bypassed(),
         mock.patch.object(correlate, "correlate", functools.partial(real, form=form)),
         mock.patch.object(correlate, "prefers_library", return_value=False),
     ):
