@@ -21,7 +21,7 @@ _MODULES = {
     "cuda": "ghl_kernels.backends.cuda",
 }
 # By device type, best first. `auto` takes the first one that can run.
-# "cuda" comes after "triton" until a GPU has raced them.
+# Under "triton" operations go to "cuda" one by one, where that is the faster (backends/triton/choice.py).
 _PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
 
 # Largest winners / units at which the sparse correlation beats the library's dense weight gradient, by

@@ -46,12 +46,12 @@ def _machine(this: Stage) -> dict[str, Any]:
             versions[name] = None
     found: dict[str, Any] = {
         "python": sys.version.split()[0],
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "cudnn": torch.backends.cudnn.version(),
-        "tools": {name: shutil.which(name) for name in TOOLS},
+        "tools": {name: shutil.which(name) is not None for name in TOOLS},
         "nvidia_smi": _nvidia_smi(),
     }
     if not this.dry:

@@ -313,12 +313,17 @@ __device__ __forceinline__ uint32_t field_of(const PositionState& at, unsigned l
   return lane & 1 ? odd : even;
 }
 
-// Blocks of a multiprocessor at once: so many that the registers of a row leave room for.
+// Blocks of a multiprocessor at once: so many that the registers of a row leave room for. Compiled for sm_100
+// the kernels that do more than the state need some more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kIsBlackwell = true;
+#else
+constexpr bool kIsBlackwell = false;
+#endif
 template <class T, int kElements, bool kStateOnly>
-constexpr int kRowBlocks = sizeof(T) == 4   ? (kElements == 16 ? 3 : 2)
-                           : kElements < 16 ? 4 + kStateOnly
-                           : kElements > 24 ? 2
-                                            : 3 + (kStateOnly && kElements == 16);
+constexpr int kRowBlocks = sizeof(T) == 4    ? (kElements == 16 ? 3 : 2)
+                           : kElements == 32 ? 2
+                                             : (kElements == 12 ? 4 : 3) + (kStateOnly ? 1 : -kIsBlackwell);
 
 // kStateOnly: neither activities nor lists are asked for.
 template <class T, int kElements, bool kStateOnly>
@@ -625,10 +630,7 @@ __device__ __forceinline__ void compete_tile(const CompeteArgs& args, const Tile
 }
 
 template <class T, int kElements>
-constexpr int kTileBlocks = sizeof(T) == 2 ? (kElements <= 16   ? 4
-                                              : kElements <= 24 ? 3
-                                                                : 2)
-                                           : (kElements == 16 ? 4 : 2);
+constexpr int kTileBlocks = kElements <= 16 ? 4 : 2;
 
 template <class T, int kElements>
 __global__ void __launch_bounds__(kCompeteThreads, (kTileBlocks<T, kElements>))
@@ -700,7 +702,6 @@ Status launch_short(const CompeteArgs& args, Stream stream) {
       // elements beyond the row cost as much as those of it
       if (units <= 384) return launch_elements<T, 12>(args, stream);
       if (units <= 512) return launch_elements<T, 16>(args, stream);
-      if (units <= 768) return launch_elements<T, 24>(args, stream);
       return launch_elements<T, 32>(args, stream);
     } else {
       return units <= 512 ? launch_elements<T, 16>(args, stream) : launch_elements<T, 32>(args, stream);
