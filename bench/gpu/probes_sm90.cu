@@ -27,7 +27,7 @@ struct Probe {
   bool multicast;
   int32_t start[5];  // coordinates of the copy, contiguous dimension first
   uint16_t offsets[3];
-  uint16_t* box;   // [blocks, 64, 64] as shared memory holds it
+  uint16_t* box;   // [blocks, positions of a stage, 64] as shared memory holds it
   float* product;  // [64, 256]
   int* count;
 };
@@ -77,7 +77,7 @@ __global__ void copy_kernel(const __grid_constant__ Probe probe) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   unsigned char* const memory = dynamic_shared<unsigned char>();
   const uint32_t target = ptx::shared_address(memory), barrier = target + kChunkBytes;
-  const uint32_t rank = ptx::cluster_ctarank();
+  const uint32_t rank = blockIdx.x;  // one cluster is launched
   begin_barrier(barrier, 1);
   if (threadIdx.x == 0) {
     ptx::prefetch_tensormap(probe.map);
@@ -146,7 +146,7 @@ __global__ void arrive_kernel(const __grid_constant__ Probe probe) {
     if (threadIdx.x < 2) ptx::mbarrier_arrive_cluster(ptx::mapa(barrier, threadIdx.x));
     wait_or_trap(barrier, phase);
   }
-  if (threadIdx.x == 0) probe.count[ptx::cluster_ctarank()] = 1;
+  if (threadIdx.x == 0) probe.count[blockIdx.x] = 1;
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();
 #endif
