@@ -104,7 +104,7 @@ def test_tensor_maps_are_encoded_in_the_device_s_context(runtime: Runtime) -> No
 def test_a_map_that_is_refused_says_so_in_the_driver_s_words(runtime: Runtime) -> None:
     runtime.set(encode_error=1)
     error = runtime.error("sm90_pair", 0)
-    assert error.startswith("pair of 64 units, 64 channels, 1 taps and 64 positions (sm_90): ")
+    assert error.startswith("pair of 64 units, 64 channels, 1 taps and 32 positions (sm_90): ")
     assert error.endswith("no tensor map: the driver's error 1: the driver's text")
 
 

@@ -56,8 +56,15 @@ def problems(bad: tuple[Any, dict[str, Any]], kernel: str, arch: str, constants:
     return row["problems"]
 
 
-def test_every_architecture_keeps_the_budgets() -> None:
-    done = check("--reduced", "--dtype", "bf16")
+@pytest.mark.parametrize(
+    "archs",
+    [
+        pytest.param(("sm_90",), id="sm_90"),
+        pytest.param(("sm_80", "sm_100", "gfx942"), id="others", marks=pytest.mark.slow),
+    ],
+)
+def test_architectures_keep_the_budgets(archs: tuple[str, ...]) -> None:
+    done = check("--reduced", "--dtype", "bf16", "--arch", *archs)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     for kernel in ("compete", "correlate", "depthwise", "reduce", "apply", "gather"):
         assert f"{kernel}_kernel" in done.stdout

@@ -261,6 +261,7 @@ def test_the_device_of_the_tensors_is_asked_whether_it_captures(monkeypatch: pyt
         current[0] = previous
 
     monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
     assert epilogue._is_capturing(torch.device("cuda", 1))
     assert not epilogue._is_capturing(torch.device("cuda", 0))
