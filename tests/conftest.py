@@ -87,21 +87,25 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The share of Triton's interpreter, which takes a millisecond for an instruction of a kernel, is cut.
+    """The share of kernels that a CPU runs thread by thread, or in Triton's interpreter, is cut.
 
-    Sweeps on it are slow tests, and so is all but every seventh case of a broad one; tests/triton_backend has
-    sweeps of its own that are not.
+    Sweeps on the interpreter are slow tests, and so is all but every seventh case of a broad one, and of a
+    large one with CUDA's kernels; the folders of these backends have sweeps of their own that are not.
     """
     cases: collections.Counter[str] = collections.Counter()
     for item in items:
-        if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") != "triton":
-            continue
-        if item.get_closest_marker("large"):
+        callspec = getattr(item, "callspec", None)
+        backend = callspec.params.get("backend") if callspec else None
+        is_large = item.get_closest_marker("large") is not None
+        name = f"{item.path}::{item.originalname} {backend}"
+        if backend == "triton" and is_large:
             item.add_marker(pytest.mark.skip(reason="too much for Triton's interpreter"))
             continue
-        broad = item.get_closest_marker("broad") is not None
-        name = f"{item.path}::{item.originalname}"
-        if hypothesis.is_hypothesis_test(item.obj) or (broad and cases[name] % 7):
+        if backend not in ("triton", "cuda"):
+            continue
+        is_one_of_many = is_large if backend == "cuda" else item.get_closest_marker("broad") is not None
+        sweeps = backend == "triton" and hypothesis.is_hypothesis_test(item.obj)
+        if sweeps or (is_one_of_many and cases[name] % 7):
             item.add_marker("slow")
         cases[name] += 1
 

@@ -8,6 +8,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from bench.machine import ROOT
 
 
@@ -27,6 +29,7 @@ def test_every_file_is_collected() -> None:
         assert f"bench/{path.name}::" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_small_case_is_checked_and_timed(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "out.json"
     chosen = "8x53x13x13_nchw and eager"
