@@ -21,7 +21,6 @@ def kernels(run: Callable[[int], object], device: torch.device) -> list[dict[str
     activity, kind = (
         (ProfilerActivity.CUDA, DeviceType.CUDA) if on_gpu else (ProfilerActivity.CPU, DeviceType.CPU)
     )
-    # hundreds of names a step, and what is asked for is a sum of each
     with torch.profiler.profile(activities=[activity]) as profiler:
         for step in range(STEPS):
             run(step)

@@ -197,11 +197,7 @@ struct MemoryRow : RowOf<MemoryRow<T, kElements>, kRun, kElements> {
   template <class Read>
   __device__ __forceinline__ Chosen choose(float lane_top, int k, Read read, unsigned* list) const {
     if constexpr (kPair == 1) {
-      Chosen chosen = none_chosen();
-      const Cut cut = select_kth<kKeyFreeBits<T>>(*this, lane_top, k, read, list);
-      chosen.threshold = cut.threshold;
-      chosen.cut = cut.unit;
-      return chosen;
+      return chosen_by(select_kth<kKeyFreeBits<T>>(*this, lane_top, k, read, list));
     } else {
       uint32_t bound = kKeyOfMinusInfinity, mask = 0;
       if (k <= static_cast<int>(kWarp)) {
@@ -537,11 +533,7 @@ struct FloatColumn : RowOf<FloatColumn<kElements>, 1, kElements> {
 
   template <class Read>
   __device__ __forceinline__ Chosen choose(float lane_top, int k, Read read, unsigned* list) const {
-    Chosen chosen = none_chosen();
-    const Cut cut = select_kth<0>(*this, lane_top, k, read, list);
-    chosen.threshold = cut.threshold;
-    chosen.cut = cut.unit;
-    return chosen;
+    return chosen_by(select_kth<0>(*this, lane_top, k, read, list));
   }
 };
 
@@ -606,12 +598,12 @@ __device__ __forceinline__ void compete_tile(const CompeteArgs& args, const Tile
         row.word[i] = column[i * static_cast<int>(kWarp) * Tile<T>::kPitch / Tile<T>::kPair];
       }
       const uint32_t top = largest_of<T>(row.word);
-      const float low_top = Pair<T>::low(top), high_top = Pair<T>::high(top);
-      uint32_t low_bound = kKeyOfMinusInfinity, high_bound = kKeyOfMinusInfinity, masks[kMasks] = {};
+      const float tops[2] = {Pair<T>::low(top), Pair<T>::high(top)};
+      uint32_t bounds[2] = {kKeyOfMinusInfinity, kKeyOfMinusInfinity}, masks[kMasks] = {};
       if (k > 0 && k <= static_cast<int>(kWarp)) {
         constexpr int kFree = kKeyFreeBits<T>;
-        bounds_of<kFree>(low_top, high_top, k, low_bound, high_bound);
-        const uint32_t bound = Pair<T>::of(value_above<kFree>(low_bound), value_above<kFree>(high_bound));
+        bounds_of<kFree>(tops, k, bounds);
+        const uint32_t bound = Pair<T>::of(value_above<kFree>(bounds[0]), value_above<kFree>(bounds[1]));
         masks[0] = reaching_mask<T, (kElements < kMaskWords ? kElements : kMaskWords)>(row.word, bound);
         if constexpr (kMasks == 2) {
           masks[1] = reaching_mask<T, kElements - kMaskWords>(row.word + kMaskWords, bound);
@@ -620,10 +612,10 @@ __device__ __forceinline__ void compete_tile(const CompeteArgs& args, const Tile
 #pragma unroll 1
       for (int half = 0; half < 2 && within + half < place.count; ++half) {
         row.half = half;
-        row.bound = half ? high_bound : low_bound;
+        row.bound = half ? bounds[1] : bounds[0];
         row.reaching = masks[0] >> 16 * half & 0xffff;
         if constexpr (kMasks == 2) row.reaching |= masks[1] >> 16 * half << 16;
-        finish(row, half ? high_top : low_top, within + half);
+        finish(row, half ? tops[1] : tops[0], within + half);
       }
     }
   }

@@ -105,54 +105,39 @@ __device__ __forceinline__ float value_above(uint32_t key) {
 
 // A value that at least k elements of the warp reach, from the largest of each lane; k <= 32. The lane's
 // number in the lowest bits makes keys distinct, so that one leaves at a time, at the price of a slightly
-// lower bound where they are not free.
-template <int kFreeBits = 0>
-__device__ __forceinline__ uint32_t bound_of(float lane_top, int k) {
+// lower bound where they are not free. Of several rows, whose reductions need not wait for each other.
+template <int kFreeBits, int kRows>
+__device__ __forceinline__ void bounds_of(const float (&lane_top)[kRows], int k, uint32_t (&bound)[kRows]) {
   constexpr uint32_t kLowest = kFreeBits < 5 ? 31u : (1u << kFreeBits) - 1;
-  uint32_t key = (key_of(lane_top) & ~kLowest) | lane_index();
-  uint32_t bound;
+  uint32_t key[kRows];
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) key[row] = (key_of(lane_top[row]) & ~kLowest) | lane_index();
   if (k <= 16) {
 #pragma unroll 4
     for (int i = 1; i < k; ++i) {
-      if (key == __reduce_max_sync(kAllLanes, key)) key = 0;
+#pragma unroll
+      for (uint32_t& one : key) one = one == __reduce_max_sync(kAllLanes, one) ? 0 : one;
     }
-    bound = __reduce_max_sync(kAllLanes, key);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) bound[row] = __reduce_max_sync(kAllLanes, key[row]);
   } else {
 #pragma unroll 4
     for (int i = k; i < 32; ++i) {
-      if (key == __reduce_min_sync(kAllLanes, key)) key = 0xffffffffu;
+#pragma unroll
+      for (uint32_t& one : key) one = one == __reduce_min_sync(kAllLanes, one) ? ~0u : one;
     }
-    bound = __reduce_min_sync(kAllLanes, key);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) bound[row] = __reduce_min_sync(kAllLanes, key[row]);
   }
-  return max(bound & ~kLowest, kKeyOfMinusInfinity);
+#pragma unroll
+  for (uint32_t& one : bound) one = max(one & ~kLowest, kKeyOfMinusInfinity);
 }
 
-// The bounds of two rows, whose reductions need not wait for each other.
-template <int kFreeBits>
-__device__ __forceinline__ void bounds_of(float first_top, float second_top, int k, uint32_t& first,
-                                          uint32_t& second) {
-  constexpr uint32_t kLowest = kFreeBits < 5 ? 31u : (1u << kFreeBits) - 1;
-  uint32_t one = (key_of(first_top) & ~kLowest) | lane_index();
-  uint32_t other = (key_of(second_top) & ~kLowest) | lane_index();
-  if (k <= 16) {
-#pragma unroll 4
-    for (int i = 1; i < k; ++i) {
-      if (one == __reduce_max_sync(kAllLanes, one)) one = 0;
-      if (other == __reduce_max_sync(kAllLanes, other)) other = 0;
-    }
-    first = __reduce_max_sync(kAllLanes, one);
-    second = __reduce_max_sync(kAllLanes, other);
-  } else {
-#pragma unroll 4
-    for (int i = k; i < 32; ++i) {
-      if (one == __reduce_min_sync(kAllLanes, one)) one = ~0u;
-      if (other == __reduce_min_sync(kAllLanes, other)) other = ~0u;
-    }
-    first = __reduce_min_sync(kAllLanes, one);
-    second = __reduce_min_sync(kAllLanes, other);
-  }
-  first = max(first & ~kLowest, kKeyOfMinusInfinity);
-  second = max(second & ~kLowest, kKeyOfMinusInfinity);
+template <int kFreeBits = 0>
+__device__ __forceinline__ uint32_t bound_of(float lane_top, int k) {
+  uint32_t bound[1];
+  bounds_of<kFreeBits>({lane_top}, k, bound);
+  return bound[0];
 }
 
 // Elements that the lanes can select among when they have moved to them.
@@ -388,6 +373,14 @@ __device__ __forceinline__ Chosen none_chosen() {
   return {0.0f, 0, false, true, {~0u, ~0u}, {0, 0}, {0.0f, 0.0f}};
 }
 
+// All above the threshold, and its equals up to the cut, wherever they are.
+__device__ __forceinline__ Chosen chosen_by(const Cut& cut) {
+  Chosen chosen = none_chosen();
+  chosen.threshold = cut.threshold;
+  chosen.cut = cut.unit;
+  return chosen;
+}
+
 // The bits of the masks into the list of the warp, as bit * kWarp + lane, unless they are more than kListed;
 // their number. Lanes have few bits each.
 __device__ __forceinline__ int list_bits(uint32_t mask, unsigned* list) {
@@ -411,8 +404,8 @@ __device__ __forceinline__ int list_bits(uint32_t mask, unsigned* list) {
 // The k-th largest of `count` units, of which this lane has those that are not negative. Keys end with the
 // unit, so that they are distinct and the lowest of equal ones is the greatest.
 template <int kFreeBits, class Read>
-__device__ __forceinline__ void choose_among(const int (&unit)[kMine], int count, int k, Read read,
-                                             Chosen& chosen) {
+__device__ __forceinline__ Chosen choose_among(const int (&unit)[kMine], int count, int k, Read read) {
+  Chosen chosen;
   constexpr uint32_t kLowest = (1u << kFreeBits) - 1;
   uint32_t key[kMine];
 #pragma unroll
@@ -439,6 +432,7 @@ __device__ __forceinline__ void choose_among(const int (&unit)[kMine], int count
   chosen.ties = ((left ^ last) & ~kLowest) == 0;
 #pragma unroll
   for (int i = 0; i < kMine; ++i) chosen.key[i] = key[i];
+  return chosen;
 }
 
 // Of the row of a position without NaN. unit_of(bit, lane) is the unit of a bit of the mask, which has those
@@ -447,7 +441,6 @@ template <int kFreeBits, class Row, class Unit, class Read>
 __device__ __forceinline__ Chosen choose(const Row& row, float lane_top, uint32_t bound, uint32_t mask, int k,
                                          Unit unit_of, Read read, unsigned* list) {
   static_assert(kMine == 2);
-  Chosen chosen = none_chosen();
   int count = kListed + 1;
   if (k <= static_cast<int>(kWarp)) {
     // mostly no lane has more than kMine
@@ -471,15 +464,9 @@ __device__ __forceinline__ Chosen choose(const Row& row, float lane_top, uint32_
       // before the next row's list
       __syncwarp();
     }
-    if (count <= kListed) {
-      choose_among<kFreeBits>(unit, count, k, read, chosen);
-      return chosen;
-    }
+    if (count <= kListed) return choose_among<kFreeBits>(unit, count, k, read);
   }
-  const Cut cut = select_in_row<kFreeBits>(row, lane_top, bound, k);
-  chosen.threshold = cut.threshold;
-  chosen.cut = cut.unit;
-  return chosen;
+  return chosen_by(select_in_row<kFreeBits>(row, lane_top, bound, k));
 }
 
 }  // namespace ghl

@@ -10,7 +10,7 @@ import pathlib
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
+from absent_device import Device
 from triton.runtime import driver
 
 from bench.aot.compilation import compile_, specialize
@@ -20,19 +20,6 @@ from ghl_kernels.backends.triton.operations import OPERATIONS
 from ghl_kernels.rule import Competition
 
 ARCH = KNOWN["sm_90"]
-
-
-class Device:
-    """As much of a driver as compiling for a launch needs."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def entries() -> set[str]:
