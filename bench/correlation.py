@@ -1,4 +1,4 @@
-"""A = sum_p y_p x_p^T of k winners two ways: from the winners alone, and by the library's dense product."""
+"""A = sum_p y_p x_p^T of k winners two ways: from the winners alone, and by the dense product."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Correlation:
     Attributes:
         u: responses, the units along ``dim``.
         sparse: A from the winners' lists (P, k), with the backend in use.
-        dense: A from dense activities of u's shape, by the library's weight gradient.
+        dense: A from dense activities of u's shape, with the backend in use.
         expected: A in float64, by the reference.
     """
 
@@ -49,18 +49,18 @@ def conv_correlation(shape: ConvShape, fraction: float, memory_format: str = "nc
     """A (N, C, k, k) of a convolution with ceil(fraction * N) winners."""
     x, u, weight = conv_tensors(shape, memory_format)
     rule = _sums_only(fraction)
-    kernel, ones, padding = (shape.kernel,) * 2, (1, 1), (shape.padding,) * 2
+    geometry = shape.geometry
     return Correlation(
         name=f"conv-{shape}-{memory_format}",
         u=u,
         dim=1,
         rule=rule,
         sparse=lambda unit, activity: torch.ops.ghl.conv_winner_sums(
-            x, unit, activity, shape.units, kernel, ones, padding, ones, 1, "none"
+            x, unit, activity, shape.units, *geometry, "none"
         )[0],
-        dense=lambda y: torch.nn.grad.conv2d_weight(x, weight.shape, y, padding=padding),
+        dense=lambda y: torch.ops.ghl.conv_grad(x, y, *geometry),
         expected=lambda: ghl.reference.conv_delta(
-            x.double(), u.double(), weight.double(), rule, padding=padding
+            x.double(), u.double(), weight.double(), rule, **shape.conv, groups=shape.groups
         ),
     )
 

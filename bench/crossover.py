@@ -1,7 +1,7 @@
 """Where the sparse correlation stops paying: ``python -m bench.crossover`` from the repository root.
 
 For each layer shape and fraction k/N of winners, both whole paths from u to A are timed in interleaved
-rounds: the winners' lists and the sparse sum against dense k-WTA and the library's weight gradient. The
+rounds: the winners' lists and the sparse sum against dense k-WTA and the dense sum. The
 crossover is where a line fitted to the cost ratio passes 1. It belongs in the table of
 ghl_kernels/_dispatch.py, rounded down so that a wrong guess costs little.
 """

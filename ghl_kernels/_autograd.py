@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     is_sparse: bool  # A is summed from the winners alone
     keeps: str  # what backward needs beside x: "winners", "sums" or "u"
     is_pair: bool  # A and G are summed together, in backward
+    is_grad_ours: bool  # G is summed by an operation of ours where the pass asks for no bias gradient
 
 
 def make_plan(
@@ -55,7 +56,7 @@ def make_plan(
     """
     units, channels = weight.shape[:2]
     competition = rule.competition(units)
-    kind = _dispatch.kind_of_layer(channels, None if geometry is None else geometry.kernel_size)
+    kind = _dispatch.kind_of_layer(channels, geometry)
     choice = weight.device.type, kind, units, competition.winners
     # second moments of y are a dense product in any case
     can_be_sparse = rule.decay in ("oja", "none", "instar")
@@ -66,7 +67,10 @@ def make_plan(
         keeps = "sums" if sums_at == "forward" else "u"
     needs_grad = rule.gate == "sign"
     is_pair = needs_grad and keeps == "u" and not is_sparse and _dispatch.computes_pairs(weight.device.type)
-    return Plan(geometry, units, competition, rule.decay, needs_grad, at_step, is_sparse, keeps, is_pair)
+    is_grad_ours = needs_grad and not is_pair and _dispatch.sums_grads(weight.device.type, kind)
+    return Plan(
+        geometry, units, competition, rule.decay, needs_grad, at_step, is_sparse, keeps, is_pair, is_grad_ours
+    )
 
 
 def sums(x: Tensor, u: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -190,23 +194,27 @@ def _layer_backward(
         return grad_x, grad_weight, grad_bias
     g = plan.geometry
     # CPU libraries sum the bias gradient inside the weight pass: asking for it alone may change its bits
-    needs_weight = (plan.needs_grad and not plan.is_pair) or (needs_bias and grad_u.device.type == "cpu")
-    if not (needs_x or needs_weight or needs_bias):
-        return None, None, None
-    grads = torch.ops.aten.convolution_backward(
-        grad_u,
-        x,
-        weight,
-        [weight.shape[0]] if ctx.has_bias else None,
-        g.stride,
-        g.padding,
-        g.dilation,
-        False,
-        [0] * len(g.kernel_size),
-        g.groups,
-        [needs_x, needs_weight, needs_bias],
-    )
-    return tuple(grads)
+    on_cpu = grad_u.device.type == "cpu"
+    is_ours = plan.is_grad_ours and not needs_bias and x.dtype == grad_u.dtype == torch.float32
+    needs_weight = (plan.needs_grad and not plan.is_pair and not is_ours) or (needs_bias and on_cpu)
+    grad_x = grad_weight = grad_bias = None
+    if needs_x or needs_weight or needs_bias:
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad_u,
+            x,
+            weight,
+            [weight.shape[0]] if ctx.has_bias else None,
+            g.stride,
+            g.padding,
+            g.dilation,
+            False,
+            [0] * len(g.kernel_size),
+            g.groups,
+            [needs_x, needs_weight, needs_bias],
+        )
+    if is_ours:
+        grad_weight = torch.ops.ghl.conv_grad(x, grad_u, *g)
+    return grad_x, grad_weight, grad_bias
 
 
 class GateFunction(torch.autograd.Function):

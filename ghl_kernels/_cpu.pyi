@@ -139,6 +139,44 @@ def epilogue_workspace(
     workspace: int = 0,
     threads: int,
 ) -> int: ...
+def winograd(
+    *,
+    batch: int,
+    channels: int,
+    units: int,
+    groups: int = 1,
+    in_size: tuple[int, int],
+    padding: tuple[int, int],
+    x: int = 0,
+    x_dtype: int = 0,
+    x_layout: tuple[int, int, int],  # stride_batch, stride_channel, stride_position
+    y: int = 0,
+    y_dtype: int = 0,
+    y_layout: tuple[int, int, int],
+    a: int = 0,
+    a_layout: tuple[int, int, int],  # stride_unit, stride_channel, stride_tap
+    workspace: int = 0,
+    threads: int,
+) -> None: ...
+def winograd_workspace(
+    *,
+    batch: int,
+    channels: int,
+    units: int,
+    groups: int = 1,
+    in_size: tuple[int, int],
+    padding: tuple[int, int],
+    x: int = 0,
+    x_dtype: int = 0,
+    x_layout: tuple[int, int, int],
+    y: int = 0,
+    y_dtype: int = 0,
+    y_layout: tuple[int, int, int],
+    a: int = 0,
+    a_layout: tuple[int, int, int],
+    workspace: int = 0,
+    threads: int,
+) -> int: ...
 def detected_isa() -> str: ...
 def selected_isa() -> str: ...
 def select_isa(name: str) -> None: ...

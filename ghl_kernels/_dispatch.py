@@ -6,11 +6,13 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from types import ModuleType, TracebackType
 from typing import NamedTuple
 
 import torch
+
+from ghl_kernels._geometry import Geometry
 
 logger = logging.getLogger("ghl_kernels")
 
@@ -32,13 +34,19 @@ _CROSSOVER: dict[tuple[str, str], float] = {
     ("cpu", "pointwise"): 0.16,
     ("cpu", "thin"): 0.17,
     ("cpu", "conv"): 0.40,
+    ("cpu", "winograd"): 0.20,
     ("cpu", "depthwise"): 0.0,
     ("cuda", "linear"): 0.01,
     ("cuda", "pointwise"): 0.01,
     ("cuda", "thin"): 0.01,
     ("cuda", "conv"): 0.01,
+    ("cuda", "winograd"): 0.01,
     ("cuda", "depthwise"): 0.0,
 }
+
+# Channels (per group) from which on the CPU's Winograd kernel, whose vectors hold sixteen of them, is faster
+# than the library.
+LEAST_WINOGRAD_CHANNELS = 8
 
 # Lists of winners take 8 bytes a winner, a float u 4 bytes a unit: up to here the lists are 6% of u, and less
 # of all that a layer and what follows it keep for backward. With more winners A or u itself is kept.
@@ -60,14 +68,16 @@ class _Choice:
 _logged: set[str] = set()
 
 
-def kind_of_layer(channels: int, kernel_size: Sequence[int] | None) -> str:
-    """Row of the crossover table: ``channels`` per group of the input, ``kernel_size`` None for linear."""
-    if kernel_size is None:
+def kind_of_layer(channels: int, geometry: Geometry | None) -> str:
+    """Row of the crossover table: ``channels`` per group of the input, ``geometry`` None for linear."""
+    if geometry is None:
         return "linear"
     if channels == 1:
         return "depthwise"
-    if all(size == 1 for size in kernel_size):
+    if all(size == 1 for size in geometry.kernel_size):
         return "pointwise"
+    if geometry.has_short_form and channels >= LEAST_WINOGRAD_CHANNELS:
+        return "winograd"
     return "thin" if channels < 16 else "conv"
 
 
@@ -91,6 +101,14 @@ def computes_pairs(device_type: str) -> bool:
     On a CPU the library sums G and the input's gradient in one call, which a second operation would undo.
     """
     return device_type == "cuda" or _Choice.name in ("triton", "cuda")
+
+
+def sums_grads(device_type: str, kind: str) -> bool:
+    """Whether G is summed by an operation of ours even where A is not due at the same time.
+
+    Only where that takes fewer multiplications than the library's.
+    """
+    return device_type == "cpu" and kind == "winograd" and _Choice.name in ("auto", "cpu")
 
 
 def backends() -> list[BackendStatus]:

@@ -15,6 +15,11 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
 
+    @property
+    def has_short_form(self) -> bool:
+        """Whether its weight gradient can be had with fewer multiplications (csrc/include/ghl/winograd.h)."""
+        return (self.kernel_size, self.stride, self.dilation) == ((3, 3), (1, 1), (1, 1))
+
     def out_size(self, in_size: Sequence[int]) -> tuple[int, ...]:
         """Spatial output size."""
         return tuple(

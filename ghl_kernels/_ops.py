@@ -276,6 +276,36 @@ def _(
     return A, moments, torch.empty_like(A)
 
 
+@_op(f"conv_grad(Tensor x, Tensor grad_u, {_CONV}) -> Tensor")
+def _conv_grad(
+    x: Tensor,
+    grad_u: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = _geometry(kernel_size, stride, padding, dilation, groups)
+    _guard_conv(x, grad_u, geometry, 0)
+    return _dispatch.select(x.device, x.dtype).conv_grad(x, grad_u, geometry)
+
+
+@_fake("conv_grad")
+def _(
+    x: Tensor,
+    grad_u: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    _guard_conv(x, grad_u, _geometry(kernel_size, stride, padding, dilation, groups), 0)
+    shape = (grad_u.shape[1], x.shape[1] // groups, *kernel_size)
+    return x.new_empty(shape, dtype=sum_dtype(x.dtype))
+
+
 @_op(
     "linear_winner_sums(Tensor x, Tensor unit, Tensor activity, SymInt units, str decay)"
     " -> (Tensor A, Tensor moments)"

@@ -20,7 +20,6 @@ from torch import Tensor
 from ghl_kernels import _check
 from ghl_kernels._autograd import Plan, make_plan, pair, sums
 from ghl_kernels._geometry import Geometry, make_geometry
-from ghl_kernels.backends.eager import conv_correlate
 from ghl_kernels.rule import HebbianRule
 
 
@@ -141,7 +140,7 @@ def conv_weight_grad(
     H = _delta(x, u, weight, rule, geometry)
     if rule.gate == "none":
         return -H
-    return gate(H, conv_correlate(x, grad_u.reshape(u.shape).to(x.dtype), tuple(weight.shape), geometry))
+    return gate(H, torch.ops.ghl.conv_grad(x, grad_u.reshape(u.shape).to(x.dtype), *geometry))
 
 
 @torch.no_grad()

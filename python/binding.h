@@ -19,6 +19,7 @@ namespace ghl::binding {
 
 namespace py = pybind11;
 
+using Pair = std::array<int64_t, 2>;
 using Triple = std::array<int64_t, 3>;
 
 template <class T>
@@ -38,8 +39,9 @@ E enumerator(const char* name, int value, E last) {
 inline Layout layout(const Triple& t) { return {t[0], t[1], t[2]}; }
 inline Filters filters(const Triple& t) { return {t[0], t[1], t[2]}; }
 
-inline void copy(const Triple& source, int64_t (&target)[3]) {
-  for (int d = 0; d < 3; ++d) target[d] = source[d];
+template <std::size_t size>
+void copy(const std::array<int64_t, size>& source, int64_t (&target)[size]) {
+  for (std::size_t d = 0; d < size; ++d) target[d] = source[d];
 }
 
 inline ConvGeometry geometry(int64_t batch, int64_t channels, int64_t groups, const Triple& in_size,

@@ -2,6 +2,7 @@
 // arguments. No logic lives here; ghl_kernels/_cpu.pyi documents the signatures.
 #include "binding.h"
 #include "ghl/isa.h"
+#include "ghl/winograd.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -13,6 +14,7 @@ using ghl::binding::enumerator;
 using ghl::binding::filters;
 using ghl::binding::geometry;
 using ghl::binding::layout;
+using ghl::binding::Pair;
 using ghl::binding::pointer;
 using ghl::binding::Triple;
 
@@ -109,6 +111,29 @@ ghl::EpilogueParams epilogue_params(int64_t units, int64_t channels, int64_t tap
   return params;
 }
 
+ghl::WinogradParams winograd_params(int64_t batch, int64_t channels, int64_t units, int64_t groups,
+                                    const Pair& in_size, const Pair& padding, uintptr_t x, int x_dtype,
+                                    const Triple& x_layout, uintptr_t y, int y_dtype, const Triple& y_layout,
+                                    uintptr_t a, const Triple& a_layout, uintptr_t workspace) {
+  ghl::WinogradParams params;
+  params.batch = batch;
+  params.channels = channels;
+  params.units = units;
+  params.groups = groups;
+  copy(in_size, params.in_size);
+  copy(padding, params.padding);
+  params.x = pointer<const void>(x);
+  params.x_dtype = dtype("x_dtype", x_dtype);
+  params.x_layout = layout(x_layout);
+  params.y = pointer<const void>(y);
+  params.y_dtype = dtype("y_dtype", y_dtype);
+  params.y_layout = layout(y_layout);
+  params.a = pointer<float>(a);
+  params.a_layout = filters(a_layout);
+  params.workspace = pointer<void>(workspace);
+  return params;
+}
+
 // The launcher and its workspace query take the same arguments: name(build(fields...), threads).
 template <class Call, class Params, class... Fields, class... Arguments>
 void define(py::module_& module, const char* name, Params (*build)(Fields...), Call call,
@@ -146,6 +171,17 @@ void define_epilogue(py::module_& module) {
   define_as("epilogue",
             [](const ghl::EpilogueParams& params, int threads) { run(ghl::epilogue_cpu, params, threads); });
   define_as("epilogue_workspace", ghl::epilogue_cpu_workspace);
+}
+
+void define_winograd(py::module_& module) {
+  const auto define_as = [&](const char* name, auto call) {
+    define(module, name, winograd_params, call, "batch"_a, "channels"_a, "units"_a, "groups"_a = 1,
+           "in_size"_a, "padding"_a, "x"_a = 0, "x_dtype"_a = 0, "x_layout"_a, "y"_a = 0, "y_dtype"_a = 0,
+           "y_layout"_a, "a"_a = 0, "a_layout"_a, "workspace"_a = 0);
+  };
+  define_as("winograd",
+            [](const ghl::WinogradParams& params, int threads) { run(ghl::winograd_cpu, params, threads); });
+  define_as("winograd_workspace", ghl::winograd_cpu_workspace);
 }
 
 constexpr ghl::Isa kIsas[] = {
@@ -188,6 +224,7 @@ PYBIND11_MODULE(_cpu, module) {
              "cut"_a = 0, "winner_unit"_a = 0, "winner_activity"_a = 0, "threads"_a);
   define_correlate(module);
   define_epilogue(module);
+  define_winograd(module);
   module.def("detected_isa", [] { return ghl::isa_name(ghl::detected_isa()); });
   module.def("selected_isa", [] { return ghl::isa_name(ghl::selected_isa()); });
   module.def("select_isa", select_isa, "name"_a);

@@ -14,6 +14,7 @@ import torch
 
 import ghl_kernels as ghl
 from ghl_kernels import _dispatch, _native
+from ghl_kernels._geometry import make_geometry
 from ghl_kernels.backends import cpu, eager
 
 RULE = ghl.HebbianRule.kwta(2)
@@ -232,7 +233,7 @@ def test_environment_with_an_unknown_name_is_an_error_at_first_use() -> None:
 
 # --- sparse or dense ----------------------------------------------------------------------------
 
-KINDS = ["linear", "pointwise", "thin", "conv", "depthwise"]
+KINDS = ["linear", "pointwise", "thin", "conv", "winograd", "depthwise"]
 
 
 @pytest.mark.parametrize(
@@ -242,16 +243,28 @@ KINDS = ["linear", "pointwise", "thin", "conv", "depthwise"]
         (1, None, "linear"),
         (64, (1, 1), "pointwise"),
         (64, (1,), "pointwise"),
-        (64, (3, 3), "conv"),
+        (64, (5, 5), "conv"),
         (64, (1, 3), "conv"),
+        (64, (3, 3, 3), "conv"),
+        (64, (3, 3), "winograd"),
+        (8, (3, 3), "winograd"),
+        (7, (3, 3), "thin"),
         (3, (5, 5), "thin"),
         (1, (3, 3), "depthwise"),
         (1, (1, 1), "depthwise"),
     ],
 )
 def test_kinds_of_layers(channels: int, kernel_size: tuple[int, ...] | None, kind: str) -> None:
-    assert _dispatch.kind_of_layer(channels, kernel_size) == kind
+    geometry = None if kernel_size is None else make_geometry(kernel_size, 1, 1, 1, 1)[1]
+    assert _dispatch.kind_of_layer(channels, geometry) == kind
     assert kind in KINDS
+
+
+@pytest.mark.parametrize("change", [{"stride": (1, 2)}, {"dilation": (2, 2)}], ids=str)
+def test_only_dense_patches_overlap_enough_for_winograd(change: dict[str, tuple[int, ...]]) -> None:
+    _, geometry = make_geometry((3, 3), 1, 1, 1, 1)
+    assert _dispatch.kind_of_layer(64, geometry._replace(padding=(0, 2), groups=2)) == "winograd"
+    assert _dispatch.kind_of_layer(64, geometry._replace(**change)) == "conv"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import ghl_kernels as ghl
 from ghl_kernels import HebbianRule, functional, reference
+from ghl_kernels.backends import eager
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -119,6 +120,40 @@ def test_layer(backend: str, case: LayerCase, sums_at: str) -> None:
         assert_same_bits(ours_, torch_)
     assert torch.equal(x, before)
     assert_weight_grad(ours, x, actual[0], grad_u, case.rule, case.dtype)
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sums_at", ["forward", "backward"])
+@pytest.mark.parametrize("rule", [HebbianRule(), HebbianRule.kwta(2), HebbianRule(decay="instar")], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_three_by_three(
+    backend: str, rule: HebbianRule, sums_at: str, bias: bool, memory_format: torch.memory_format
+) -> None:
+    """The convolution of which the CPU's kernels sum A, and G where no bias gradient is due, in a short form."""
+    plain = nn.Conv2d(20, 18, 3, padding=(1, 0), bias=bias)
+    ours = ghl.GHLConv2d(20, 18, 3, padding=(1, 0), bias=bias, rule=rule, sums_at=sums_at)
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(3, 20, 8, 7).contiguous(memory_format=memory_format)
+    grad_u = torch.randn_like(plain(x))
+    for ours_, torch_ in zip(run(ours, x, grad_u), run(plain, x, grad_u), strict=True):
+        assert_same_bits(ours_, torch_)
+    assert_weight_grad(ours, x, plain(x).detach(), grad_u, rule, torch.float32)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_short_form_of_g_is_for_layers_without_a_bias_gradient(
+    monkeypatch: pytest.MonkeyPatch, bias: bool
+) -> None:
+    calls = []
+    real = eager.conv_grad
+    monkeypatch.setattr(eager, "conv_grad", lambda *arguments: calls.append(1) or real(*arguments))
+    layer = ghl.GHLConv2d(16, 16, 3, bias=bias)
+    for backend_, expected in (("auto", not bias), ("eager", False)):
+        calls.clear()
+        with ghl.use_backend(backend_):
+            layer(torch.randn(2, 16, 9, 9)).sum().backward()
+        assert bool(calls) == expected
 
 
 @pytest.mark.broad

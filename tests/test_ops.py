@@ -84,6 +84,15 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     if name.endswith("_pair"):
         sums = samples(name.removesuffix("_pair") + "_sums", dtype)
         return [(x, u, torch.randn_like(u), *rest) for x, u, *rest in sums]
+    if name == "conv_grad":
+        wide, padding = (draw(3, 16, 9, 8), draw(3, 20, 9, 6)), ((3, 3), (1, 1), (1, 0), (1, 1))
+        inputs = [
+            (image, response, *GEOMETRY),
+            (image[:0], response[:0], *GEOMETRY),
+            (draw(2, 3, 8), draw(2, 5, 6), (3,), (1,), (0,), (1,), 1),
+        ]
+        inputs += [(*wide, *padding, 1), (*(t.contiguous(**last) for t in wide), *padding, 2)]
+        return [(x, torch.randn_like(u), *rest) for x, u, *rest in inputs]
     if name == "gate_all_":
         some = (slice(1), slice(1, 5), slice(None))
         return [tuple(map(list, zip(*samples("gate_", dtype)[part], strict=True))) for part in some]
@@ -144,6 +153,7 @@ NAMES = (
     "conv_winner_sums",
     "linear_pair",
     "conv_pair",
+    "conv_grad",
     "delta",
     "gate_",
     "gate_all_",

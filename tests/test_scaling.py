@@ -178,7 +178,7 @@ def test_crossovers_are_of_the_kinds_that_the_dispatch_knows(device: str) -> Non
         if isinstance(shape, LinearShape):
             assert kind_of_layer(shape.features, None) == kind
         else:
-            assert kind_of_layer(shape.channels, shape.geometry.kernel_size) == kind
+            assert kind_of_layer(shape.channels, shape.geometry) == kind
 
 
 class TestMeasureOnGpu:

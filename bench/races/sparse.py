@@ -32,7 +32,7 @@ def _conv(shape: ConvShape, fraction: float, target: Target) -> Race:
     rule = _sums_only(fraction)
     competition, conv, geometry = rule.competition(shape.units), shape.conv, shape.geometry
     k = competition.winners
-    kind = kind_of_layer(shape.channels, geometry.kernel_size)
+    kind = kind_of_layer(shape.channels, geometry)
     is_sparse = prefers_sparse(target.kind, kind, shape.units, k)
 
     def expected(x: Tensor, u: Tensor, w: Tensor) -> Tensor:

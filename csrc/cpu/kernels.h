@@ -12,6 +12,7 @@
 #include "ghl/compete.h"
 #include "ghl/correlate.h"
 #include "ghl/epilogue.h"
+#include "ghl/winograd.h"
 
 // Parameters arrive checked and nothing is empty. Workspaces are 64-byte aligned and of the size asked for.
 #define GHL_DECLARE_KERNELS(isa)                                           \
@@ -22,6 +23,8 @@
   void correlate(const CorrelateParams& params, int threads);              \
   int64_t epilogue_workspace(const EpilogueParams& params, int threads);   \
   void epilogue(const EpilogueParams& params, int threads);                \
+  int64_t winograd_workspace(const WinogradParams& params, int threads);   \
+  void winograd(const WinogradParams& params, int threads);                \
   }
 
 GHL_DECLARE_KERNELS(baseline)

@@ -32,6 +32,7 @@ void run_compete(const CompeteParams& params, void* workspace, int threads) {
 }
 void run_correlate(const CorrelateParams& params, int threads) { GHL_DISPATCH(correlate(params, threads)); }
 void run_epilogue(const EpilogueParams& params, int threads) { GHL_DISPATCH(epilogue(params, threads)); }
+void run_winograd(const WinogradParams& params, int threads) { GHL_DISPATCH(winograd(params, threads)); }
 
 int64_t size_compete(const CompeteParams& params, int threads) {
   GHL_DISPATCH(compete_workspace(params, threads));
@@ -41,6 +42,9 @@ int64_t size_correlate(const CorrelateParams& params, int threads) {
 }
 int64_t size_epilogue(const EpilogueParams& params, int threads) {
   GHL_DISPATCH(epilogue_workspace(params, threads));
+}
+int64_t size_winograd(const WinogradParams& params, int threads) {
+  GHL_DISPATCH(winograd_workspace(params, threads));
 }
 
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
@@ -148,6 +152,33 @@ Problem check_memory(const EpilogueParams& p, int threads) {
   return {};
 }
 
+bool empty(const WinogradParams& p) { return p.units == 0 || p.channels == 0; }
+
+Problem check_sizes(const WinogradParams& p, int threads) {
+  if (threads < 1) return "threads must be at least 1";
+  if (p.batch < 1 || p.channels < 0 || p.units < 0) return "there must be an image, and no size be negative";
+  if (p.groups < 1 || p.channels % p.groups != 0 || p.units % p.groups != 0) {
+    return "the groups must divide the channels and the units";
+  }
+  for (int d = 0; d < 2; ++d) {
+    if (p.in_size[d] < 1 || p.padding[d] < 0 || p.out_size(d) < 1) {
+      return "the planes must hold a position, and the padded ones a patch";
+    }
+  }
+  return {};
+}
+
+Problem check_memory(const WinogradParams& p) {
+  if (p.x == nullptr || p.y == nullptr || p.a == nullptr) return "a tensor is null";
+  if (!aligned(p.x, p.x_dtype) || !aligned(p.y, p.y_dtype) || !aligned(p.a, 4)) {
+    return "a tensor is not aligned to its elements";
+  }
+  if (p.workspace == nullptr || !aligned(p.workspace, 64)) {
+    return "the workspace is null or not aligned to 64 bytes";
+  }
+  return {};
+}
+
 Status failure(const char* launcher, const Problem& problem) {
   return Status::failure(std::string(launcher) + ": " + problem);
 }
@@ -194,6 +225,20 @@ Status epilogue_cpu(const EpilogueParams& params, int threads) {
   if (const Problem problem = check_memory(params, threads); !problem.empty())
     return failure("epilogue", problem);
   run_epilogue(params, threads);
+  return {};
+}
+
+int64_t winograd_cpu_workspace(const WinogradParams& params, int threads) {
+  if (!check_sizes(params, threads).empty() || empty(params)) return 0;
+  return size_winograd(params, threads);
+}
+
+Status winograd_cpu(const WinogradParams& params, int threads) {
+  if (const Problem problem = check_sizes(params, threads); !problem.empty())
+    return failure("winograd", problem);
+  if (empty(params)) return {};
+  if (const Problem problem = check_memory(params); !problem.empty()) return failure("winograd", problem);
+  run_winograd(params, threads);
   return {};
 }
 

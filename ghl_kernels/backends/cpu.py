@@ -1,7 +1,8 @@
 """The operations on the native CPU kernels: float32 and bfloat16 in, float32 sums.
 
-A dense A is torch's own weight gradient of activities that the native kernel computes; everything
-else runs in csrc/cpu. Tensors that a kernel reads are bound to names until it returns.
+A dense A is a weight gradient of activities that the native kernel computes: of 3 x 3 convolutions by a
+kernel too, otherwise torch's own. Everything else runs in csrc/cpu. Tensors that a kernel reads are bound to
+names until it returns.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ghl_kernels import _native
+from ghl_kernels._dispatch import kind_of_layer
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
 from ghl_kernels.rule import Competition
@@ -28,6 +30,10 @@ _GATE, _DELTA, _LEARN = 0, 1, 2
 # Decided here and not by _dispatch.prefers_sparse, which must not depend on the batch.
 _FEW_ROWS = 256
 _FEW_ROWS_CROSSOVER = 0.02
+
+
+# With fewer, what the Winograd kernel does once for each weight shows beside its sums over positions.
+_LEAST_WINOGRAD_POSITIONS = 64
 
 
 def status() -> tuple[bool, str]:
@@ -82,7 +88,7 @@ def conv_sums(
     x: Tensor, u: Tensor, geometry: Geometry, competition: Competition, decay: str
 ) -> tuple[Tensor, Tensor]:
     """A (N, C / groups, *kernel_size) and the moments of y, from x (B, C, *size) and u (B, N, *out_size)."""
-    return eager.conv_sums(x, u, geometry, competition, decay, _float_activities)
+    return eager.conv_sums(x, u, geometry, competition, decay, _float_activities, _conv_correlate)
 
 
 def linear_pair(
@@ -96,7 +102,12 @@ def conv_pair(
     x: Tensor, u: Tensor, grad_u: Tensor, geometry: Geometry, competition: Competition, decay: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As conv_sums, and G, from dL/du of u's shape."""
-    return eager.conv_pair(x, u, grad_u, geometry, competition, decay, _float_activities)
+    return eager.conv_pair(x, u, grad_u, geometry, competition, decay, _float_activities, _conv_correlate)
+
+
+def conv_grad(x: Tensor, grad_u: Tensor, geometry: Geometry) -> Tensor:
+    """G, of A's shape and dtype, from dL/du of u's shape."""
+    return eager.conv_grad(x, grad_u, geometry, _conv_correlate)
 
 
 def linear_winner_sums(
@@ -196,6 +207,51 @@ def _run_competition(u: Tensor, dim: int, competition: Competition, outputs: Map
         threads=torch.get_num_threads(),
         **outputs,
     )
+
+
+def _conv_correlate(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """sum_p y_p x_p^T (N, C / groups, *kernel_size) in float32; contiguous."""
+    channels = shape[1]
+    positions = y.numel() // max(y.shape[1], 1)
+    kind = kind_of_layer(channels, geometry)
+    known = x.dtype in _DTYPE and y.dtype in _DTYPE
+    if kind != "winograd" or positions < _LEAST_WINOGRAD_POSITIONS or not known or x.numel() == 0:
+        return eager.conv_correlate(x, y, shape, geometry)
+    return _winograd(_rows_or_planes(x, 1), _rows_or_planes(y, 1), shape, geometry)
+
+
+def _winograd(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
+    native = _native.load_cpu()
+    A = x.new_empty(shape, dtype=torch.float32)
+    batch, channels, *in_size = x.shape
+    arguments = {
+        "batch": batch,
+        "channels": channels,
+        "units": shape[0],
+        "groups": geometry.groups,
+        "in_size": tuple(in_size),
+        "padding": geometry.padding,
+        "x": x.data_ptr(),
+        "x_dtype": _DTYPE[x.dtype],
+        "x_layout": _plane_strides(x),
+        "y": y.data_ptr(),
+        "y_dtype": _DTYPE[y.dtype],
+        "y_layout": _plane_strides(y),
+        "a": A.data_ptr(),
+        "a_layout": _strides(A),
+        "threads": torch.get_num_threads(),
+    }
+    workspace = torch.empty(native.winograd_workspace(**arguments), dtype=torch.uint8)
+    native.winograd(**arguments, workspace=workspace.data_ptr())
+    return A
+
+
+def _plane_strides(images: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, units and positions of contiguous or channels_last images."""
+    positions = images.shape[2:].numel()
+    if images.is_contiguous():
+        return images.shape[1] * positions, positions, 1
+    return images.shape[1] * positions, 1, images.shape[1]
 
 
 def _correlate(

@@ -17,6 +17,7 @@ from ghl_kernels._geometry import Geometry
 from ghl_kernels.rule import Competition
 
 Activities = Callable[[Tensor, int, Competition], Tensor]
+Correlate = Callable[[Tensor, Tensor, tuple[int, ...], Geometry], Tensor]
 
 EPS = 1e-30
 # 16-bit inputs are summed from float32 copies of this many bytes at a time.
@@ -95,9 +96,14 @@ def conv_sums(
     competition: Competition,
     decay: str,
     activities: Activities | None = None,
+    correlate: Correlate | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A (N, C / groups, *kernel_size) and the moments of y, from x (B, C, *size) and u (B, N, *out_size)."""
+    """A (N, C / groups, *kernel_size) and the moments of y, from x (B, C, *size) and u (B, N, *out_size).
+
+    ``correlate`` is what stands in for conv_correlate.
+    """
     activities = activities or _float_activities
+    correlate = correlate or conv_correlate
     dtype = sum_dtype(x.dtype)
     shape = (u.shape[1], x.shape[1] // geometry.groups, *geometry.kernel_size)
     A: Tensor | None = None
@@ -105,7 +111,7 @@ def conv_sums(
     moments = new_moments(u.shape[1], geometry.groups, decay, positions, dtype, x.device)
     for x_block, u_block in _blocks(x, u):
         y = activities(u_block, 1, competition)
-        part = conv_correlate(x_block.to(dtype), y, shape, geometry)
+        part = correlate(x_block.to(dtype), y, shape, geometry)
         A = part if A is None else A.add_(part)
         if moments.numel() > 1:
             add_moments(moments, y.movedim(1, -1), geometry.groups, decay)
@@ -134,10 +140,17 @@ def conv_pair(
     competition: Competition,
     decay: str,
     activities: Activities | None = None,
+    correlate: Correlate | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As conv_sums, and G, from dL/du of u's shape."""
-    A, moments = conv_sums(x, u, geometry, competition, decay, activities)
-    return A, moments, conv_correlate(x, grad_u, tuple(A.shape), geometry).to(A.dtype)
+    A, moments = conv_sums(x, u, geometry, competition, decay, activities, correlate)
+    return A, moments, conv_grad(x, grad_u, geometry, correlate)
+
+
+def conv_grad(x: Tensor, grad_u: Tensor, geometry: Geometry, correlate: Correlate | None = None) -> Tensor:
+    """G, of A's shape and dtype, from dL/du of u's shape."""
+    shape = (grad_u.shape[1], x.shape[1] // geometry.groups, *geometry.kernel_size)
+    return (correlate or conv_correlate)(x, grad_u, shape, geometry).to(sum_dtype(x.dtype))
 
 
 def conv_correlate(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:

@@ -101,6 +101,10 @@ class Operations(abc.ABC):
         assert G is not None
         return A, moments, G
 
+    def conv_grad(self, x: Tensor, grad_u: Tensor, geometry: Geometry) -> Tensor:
+        """G, of A's shape and dtype, from dL/du of u's shape: the library's."""
+        return eager.conv_grad(x, grad_u, geometry)
+
     def linear_winner_sums(
         self, x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str
     ) -> tuple[Tensor, Tensor]:
