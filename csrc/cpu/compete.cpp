@@ -8,6 +8,7 @@
 #include "cpu/kernels.h"
 #include "cpu/select.h"
 #include "cpu/simd.h"
+#include "cpu/sizes.h"
 
 namespace ghl::GHL_ISA {
 namespace {
@@ -35,16 +36,12 @@ struct Plan {
   int64_t tiles;
 };
 
-GHL_INLINE int64_t at_least(int64_t value, int64_t bound) { return value < bound ? bound : value; }
-GHL_INLINE int64_t at_most(int64_t value, int64_t bound) { return value > bound ? bound : value; }
-GHL_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 Plan make_plan(const CompeteParams& params) {
   Plan plan;
   plan.rows = params.batch * params.positions;
   plan.group_bytes = params.units * kLanes * static_cast<int64_t>(sizeof(float));
-  plan.groups_per_tile = at_most(at_least(kTileBytes / plan.group_bytes, 1), kMaxGroups);
-  plan.tiles = divide_up(plan.rows, plan.groups_per_tile * kLanes);
+  plan.groups_per_tile = min(max(kTileBytes / plan.group_bytes, 1), kMaxGroups);
+  plan.tiles = ceil_div(plan.rows, plan.groups_per_tile * kLanes);
   return plan;
 }
 
@@ -60,9 +57,9 @@ struct Lanes {
 template <class T>
 Lanes<T> find_lanes(T* base, const Layout& layout, const CompeteParams& params, int64_t first, int64_t rows) {
   Lanes<T> lanes;
-  lanes.count = static_cast<int>(at_most(rows - first, kLanes));
+  lanes.count = static_cast<int>(min(rows - first, kLanes));
   for (int lane = 0; lane < kLanes; ++lane) {
-    const int64_t row = first + at_most(lane, lanes.count - 1);
+    const int64_t row = first + min(lane, lanes.count - 1);
     lanes.at[lane] =
         base + row / params.positions * layout.stride_batch + row % params.positions * layout.stride_position;
   }
@@ -421,7 +418,7 @@ void compete_group(const Group& group) {
 
 // The groups of a tile from row on, at most groups_per_tile.
 int64_t groups_from(const Plan& plan, int64_t first) {
-  return at_most(divide_up(plan.rows - first, kLanes), plan.groups_per_tile);
+  return min(ceil_div(plan.rows - first, kLanes), plan.groups_per_tile);
 }
 
 // Whether the positions of all groups of a full tile lie in one run of memory.
@@ -517,7 +514,7 @@ void compete_tile(const CompeteParams& params, const Plan& plan, int64_t first, 
   for (int64_t g = 0; g < groups_from(plan, first); ++g) {
     const int64_t row = first + g * kLanes;
     float* data = tile + g * params.units * kLanes;
-    const int count = static_cast<int>(at_most(plan.rows - row, kLanes));
+    const int count = static_cast<int>(min(plan.rows - row, kLanes));
     Group group{params, data, data, kLanes, row, count, {}, {}};
     const Ahead ahead = look_ahead(params, plan, first, g);
     if (params.winners > 0) {

@@ -12,6 +12,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
+#include "cpu/sizes.h"
 
 namespace ghl::GHL_ISA {
 namespace {
@@ -40,10 +41,6 @@ constexpr int64_t kWorkPerThread = 1 << 15;
 
 // Parts of the work per thread: enough that a slow core is made up for by the others.
 constexpr int64_t kPartsPerThread = 8;
-
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // kLanes consecutive elements of a unit's row of a block, [tap, channel] in row-major order.
 struct RowVector {

@@ -10,6 +10,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
+#include "cpu/sizes.h"
 
 namespace ghl::GHL_ISA {
 namespace {
@@ -21,8 +22,6 @@ constexpr int64_t kFlush = 256;
 constexpr int64_t kWeightsPerThread = 8192;
 
 constexpr float kEpsilon = 1e-30f;
-
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A unit's weights in the order they are worked on, [outer, inner]: channels and taps, or, where out is
 // channels_last, taps and channels.
