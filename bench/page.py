@@ -21,8 +21,9 @@ hand. A "ratio" is the median of the ratios of the rounds of one run, in each of
 timed once, in turn (`bench/interleave.py`); "times faster than" and "slower by" divide medians of times of
 the same rounds. Speed is printed only of what was compared with the float64 reference in the same run. The
 floor of an operation is max(bytes / copy bandwidth, operations / matrix rate) of that machine, measured in
-the same run, with every tensor moved once (`bench/work.py`); that of a training step counts its convolutions
-and linear layers. "Ours" is what runs where no backend is chosen; the others stand beside it.
+the same run, with every tensor moved once and the operations of the definition (`bench/work.py`): a form that
+multiplies less, as that of 3 x 3 convolutions on a CPU, may go below it. The floor of a training step counts
+its convolutions and linear layers. "Ours" is what runs where no backend is chosen; the others stand beside it.
 """
 # What a figure shows, and of which suites.
 _CAPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {

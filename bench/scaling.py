@@ -318,16 +318,18 @@ OPERATIONS = (
     ),
 )
 
-# One of every kind that ghl_kernels._dispatch knows a crossover of, by device type.
+# One of every kind of which ghl_kernels._dispatch knows a crossover of its own, by device type. On a GPU 3 x 3
+# convolutions ("winograd") are computed as all others are.
 CROSSOVERS: dict[str, dict[str, ConvShape | LinearShape]] = {
     "cpu": {
-        "conv": ConvShape(16, 64, 256, 16, 3),
+        "conv": ConvShape(16, 64, 256, 16, 5),
+        "winograd": ConvShape(16, 64, 256, 16, 3),
         "linear": LinearShape(1024, 1024, 1024),
         "pointwise": ConvShape(32, 256, 256, 16, 1),
         "thin": ConvShape(32, 3, 96, 32, 5),
     },
     "cuda": {
-        "conv": ConvShape(128, 128, 1024, 16, 3),
+        "winograd": ConvShape(128, 128, 1024, 16, 3),
         "linear": LinearShape(16384, 2304, 4096),
         "pointwise": ConvShape(128, 256, 1024, 16, 1),
         "thin": ConvShape(128, 3, 1024, 32, 5),

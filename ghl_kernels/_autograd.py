@@ -180,7 +180,7 @@ class LayerFunction(torch.autograd.Function):
 def _layer_backward(
     ctx: Any, grad_u: Tensor, x: Tensor, weight: Tensor, plan: Plan
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The library's gradients, by the calls that autograd itself makes for the torch layer."""
+    """The torch layer's gradients, by the calls that autograd itself makes for it, and G as the plan says."""
     needs_x, _, needs_bias = ctx.needs_input_grad[:3]
     if plan.geometry is None:
         rows, inputs = grad_u.reshape(-1, weight.shape[0]), x.reshape(-1, x.shape[-1])

@@ -26,7 +26,7 @@ _MODULES = {
 # Under "triton" operations go to "cuda" one by one, where that is the faster (backends/triton/choice.py).
 _PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
 
-# Largest winners / units at which the sparse correlation beats the library's dense weight gradient, by
+# Largest winners / units at which the sparse correlation beats the dense one that would run in its place, by
 # device type and kind of layer. On "cpu" measured by bench/crossover.py on an AMD EPYC (Zen 4), float32; on
 # "cuda" an estimate that no GPU has confirmed yet: a gather of patches is bound by L2.
 _CROSSOVER: dict[tuple[str, str], float] = {
@@ -98,7 +98,7 @@ def keeps_winners(device_type: str, kind: str, units: int, winners: int) -> bool
 def computes_pairs(device_type: str) -> bool:
     """Whether A and G are summed by one operation where both are due, in place of the library's own G.
 
-    On a CPU the library sums G and the input's gradient in one call, which a second operation would undo.
+    On a CPU the two sums would share next to nothing.
     """
     return device_type == "cuda" or _Choice.name in ("triton", "cuda")
 

@@ -25,7 +25,7 @@ from bench.shapes import ConvShape, LinearShape
 
 ROUNDS = 7
 _TOY = Point(ConvShape(16, 8, 16, 3, 3), 4)
-_TOY_CROSSOVERS = {"conv": ConvShape(2, 8, 16, 4, 3), "linear": LinearShape(12, 8, 16)}
+_TOY_CROSSOVERS = {"winograd": ConvShape(2, 8, 16, 4, 3), "linear": LinearShape(12, 8, 16)}
 Job = Callable[[], list[Row]]
 
 
