@@ -23,6 +23,7 @@ FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 CONVOLUTIONS = (
     *DEEPHEBB,
     ConvShape(32, 64, 64, 32, 3),
+    ConvShape(16, 64, 256, 16, 5),
     ConvShape(32, 256, 256, 8, 3),
     ConvShape(32, 256, 256, 16, 1),
 )

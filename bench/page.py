@@ -23,7 +23,8 @@ the same rounds. Speed is printed only of what was compared with the float64 ref
 floor of an operation is max(bytes / copy bandwidth, operations / matrix rate) of that machine, measured in
 the same run, with every tensor moved once and the operations of the definition (`bench/work.py`): a form that
 multiplies less, as that of 3 x 3 convolutions on a CPU, may go below it. The floor of a training step counts
-its convolutions and linear layers. "Ours" is what runs where no backend is chosen; the others stand beside it.
+its convolutions and linear layers. "Ours" is what runs where no backend is chosen; the others stand beside
+it.
 """
 # What a figure shows, and of which suites.
 _CAPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -318,8 +318,8 @@ OPERATIONS = (
     ),
 )
 
-# One of every kind of which ghl_kernels._dispatch knows a crossover of its own, by device type. On a GPU 3 x 3
-# convolutions ("winograd") are computed as all others are.
+# One of every kind of which ghl_kernels._dispatch knows a crossover of its own, by device type. On a GPU
+# 3 x 3 convolutions ("winograd") are computed as all others are.
 CROSSOVERS: dict[str, dict[str, ConvShape | LinearShape]] = {
     "cpu": {
         "conv": ConvShape(16, 64, 256, 16, 5),

@@ -67,7 +67,8 @@ def make_plan(
         keeps = "sums" if sums_at == "forward" else "u"
     needs_grad = rule.gate == "sign"
     is_pair = needs_grad and keeps == "u" and not is_sparse and _dispatch.computes_pairs(weight.device.type)
-    is_grad_ours = needs_grad and not is_pair and _dispatch.sums_grads(weight.device.type, kind)
+    group_units = units // (1 if geometry is None else geometry.groups)
+    is_grad_ours = needs_grad and not is_pair and _dispatch.sums_grads(weight.device.type, kind, group_units)
     return Plan(
         geometry, units, competition, rule.decay, needs_grad, at_step, is_sparse, keeps, is_pair, is_grad_ours
     )
@@ -193,9 +194,10 @@ def _layer_backward(
             grad_bias = rows.sum(0) if ctx.flattened else grad_u.sum(tuple(range(x.dim() - 1)))
         return grad_x, grad_weight, grad_bias
     g = plan.geometry
+    # in 16 bits the library has instructions that our kernel does without
+    is_ours = plan.is_grad_ours and not needs_bias and x.dtype == grad_u.dtype == torch.float32
     # CPU libraries sum the bias gradient inside the weight pass: asking for it alone may change its bits
     on_cpu = grad_u.device.type == "cpu"
-    is_ours = plan.is_grad_ours and not needs_bias and x.dtype == grad_u.dtype == torch.float32
     needs_weight = (plan.needs_grad and not plan.is_pair and not is_ours) or (needs_bias and on_cpu)
     grad_x = grad_weight = grad_bias = None
     if needs_x or needs_weight or needs_bias:

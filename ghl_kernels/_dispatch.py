@@ -44,9 +44,9 @@ _CROSSOVER: dict[tuple[str, str], float] = {
     ("cuda", "depthwise"): 0.0,
 }
 
-# Channels (per group) from which on the CPU's Winograd kernel, whose vectors hold sixteen of them, is faster
-# than the library.
-LEAST_WINOGRAD_CHANNELS = 8
+# Channels and units (of a group) from which on the CPU's Winograd kernel, whose vectors hold sixteen of them,
+# is faster than the library.
+LEAST_WINOGRAD = 8
 
 # Lists of winners take 8 bytes a winner, a float u 4 bytes a unit: up to here the lists are 6% of u, and less
 # of all that a layer and what follows it keep for backward. With more winners A or u itself is kept.
@@ -76,7 +76,7 @@ def kind_of_layer(channels: int, geometry: Geometry | None) -> str:
         return "depthwise"
     if all(size == 1 for size in geometry.kernel_size):
         return "pointwise"
-    if geometry.has_short_form and channels >= LEAST_WINOGRAD_CHANNELS:
+    if geometry.has_short_form and channels >= LEAST_WINOGRAD:
         return "winograd"
     return "thin" if channels < 16 else "conv"
 
@@ -103,12 +103,14 @@ def computes_pairs(device_type: str) -> bool:
     return device_type == "cuda" or _Choice.name in ("triton", "cuda")
 
 
-def sums_grads(device_type: str, kind: str) -> bool:
+def sums_grads(device_type: str, kind: str, group_units: int) -> bool:
     """Whether G is summed by an operation of ours even where A is not due at the same time.
 
-    Only where that takes fewer multiplications than the library's.
+    Only where the CPU's kernels do so with fewer multiplications. (An installation without them then takes
+    the library's weight gradient in a call of its own.)
     """
-    return device_type == "cpu" and kind == "winograd" and _Choice.name in ("auto", "cpu")
+    has_kernel = device_type == "cpu" and kind == "winograd" and group_units >= LEAST_WINOGRAD
+    return has_kernel and _Choice.name in ("auto", "cpu")
 
 
 def backends() -> list[BackendStatus]:

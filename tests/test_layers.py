@@ -130,7 +130,7 @@ def test_layer(backend: str, case: LayerCase, sums_at: str) -> None:
 def test_three_by_three(
     backend: str, rule: HebbianRule, sums_at: str, bias: bool, memory_format: torch.memory_format
 ) -> None:
-    """The convolution of which the CPU's kernels sum A, and G where no bias gradient is due, in a short form."""
+    """The convolution of which the CPU's kernels sum A, and G without a bias gradient, in a short form."""
     plain = nn.Conv2d(20, 18, 3, padding=(1, 0), bias=bias)
     ours = ghl.GHLConv2d(20, 18, 3, padding=(1, 0), bias=bias, rule=rule, sums_at=sums_at)
     ours.load_state_dict(plain.state_dict())
@@ -139,6 +139,28 @@ def test_three_by_three(
     for ours_, torch_ in zip(run(ours, x, grad_u), run(plain, x, grad_u), strict=True):
         assert_same_bits(ours_, torch_)
     assert_weight_grad(ours, x, plain(x).detach(), grad_u, rule, torch.float32)
+
+
+@pytest.mark.parametrize("positions", [4, 81, 400])
+def test_gradients_that_are_expanded(backend: str, positions: int) -> None:
+    """As of a sum: one number in memory, whatever the shape."""
+    layer = ghl.GHLConv2d(16, 16, 3, padding=1, bias=False, rule=HebbianRule.ghl())
+    x = torch.randn(2, 16, 1, positions)
+    grad_u = torch.ones(1).expand(2, 16, 1, positions)
+    run(layer, x, grad_u)
+    assert_weight_grad(layer, x, layer(x).detach(), grad_u, layer.rule, torch.float32)
+
+
+def test_products_that_are_zero_leave_no_sign(backend: str) -> None:
+    """Where no position that a weight sees has both x and dL/du, though its neighbors' do."""
+    layer = ghl.GHLConv2d(16, 16, 3, bias=False)
+    x, grad_u = torch.zeros(1, 16, 10, 10), torch.zeros(1, 16, 8, 8)
+    x[:, :, 2:4, 2], grad_u[:, :, 2, 0:2] = torch.randn(16, 2), torch.randn(16, 2)
+    layer(x).backward(grad_u)
+    G = torch.nn.grad.conv2d_weight(x, layer.weight.shape, grad_u)
+    assert 0 < (G == 0).sum() < G.numel()
+    assert not layer.weight.grad[G == 0].any()
+    assert (layer.weight.grad[G != 0].sign() == G[G != 0].sign()).all()
 
 
 @pytest.mark.parametrize("bias", [True, False])

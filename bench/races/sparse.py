@@ -55,8 +55,8 @@ def _conv(shape: ConvShape, fraction: float, target: Target) -> Race:
         contenders=[
             Contender(
                 "ghl dense",
-                lambda x, u, w: library.correlation(x, _kwta(u, competition), w, **conv),
-                note="our k-WTA, then B4",
+                lambda x, u, w: torch.ops.ghl.conv_grad(x, _kwta(u, competition), *geometry),
+                note="our k-WTA, then the dense sum",
                 auto=not is_sparse,
             ),
             Contender(

@@ -157,10 +157,6 @@ GHL_INLINE void store_lanes(T* target, Floats value, int lanes) {
   }
 }
 
-GHL_INLINE Floats magnitude(Floats value) {
-  return floats_from_bits(float_bits(value) & broadcast(INT32_MAX));
-}
-
 template <class W>
 float dot(const float* a, const W* weight, int64_t size) {
   Floats total = {};

@@ -183,6 +183,9 @@ GHL_INLINE Floats floats_from_bits(Ints a) {
   return r;
 }
 
+// |a|
+GHL_INLINE Floats magnitude(Floats a) { return floats_from_bits(float_bits(a) & broadcast(INT32_MAX)); }
+
 // ---- Masks ----
 
 #if defined(__AVX512F__)

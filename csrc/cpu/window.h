@@ -44,27 +44,25 @@ GHL_INLINE void transpose_positions(const T* source, int64_t stride_unit, float 
 class Places {
  public:
   GHL_INLINE Places(const View& view, int64_t row, float* window)
-      : to_(window + ((row - view.row) * view.columns - view.column) * kLanes),
-        skip_((view.columns - view.width) * kLanes),
+      : to_(window + (row - view.row) * view.columns * kLanes),
+        row_stride_(view.columns * kLanes),
         width_(view.width),
+        first_(view.column),
         begin_(max(0, view.column)),
         end_(view.column + view.columns) {}
 
   GHL_INLINE void put(Floats value) {
-    if (column_ >= begin_ && column_ < end_) store(to_, value);
-    advance();
-  }
-  GHL_INLINE void advance() {
-    to_ += kLanes;
+    if (column_ >= begin_ && column_ < end_) store(to_ + (column_ - first_) * kLanes, value);
     if (++column_ < width_) return;
     column_ = 0;
-    to_ += skip_;
+    to_ += row_stride_;
   }
 
  private:
-  float* to_;
-  int64_t skip_;
+  float* to_;  // the row's first column in the window
+  int64_t row_stride_;
   int64_t width_;
+  int64_t first_;
   int64_t begin_;
   int64_t end_;
   int64_t column_ = 0;

@@ -5,12 +5,16 @@
 //   1. Tiles of x and y are transformed, sixteen channels (units) a vector: V = B d B^T, U = G g G^T.
 //      1-d: B d = (d0 - d2, d1 + d2, d2 - d1, d3 - d1) and G g = (g0, g0 + g1, g0 - g1, g1).
 //   2. For each of the 16 components, M += U^T V: a matrix product over the tiles.
-//   3. A = C M C^T with C m = (m0 + s, (m1 - m2) / 2, m3 + s), s = (m1 + m2) / 2.
+//   3. A = C M C^T with C m = (m0 + s, (m1 - m2) / 2, m3 + s), s = (m1 + m2) / 2. A tap that is smaller than
+//      the rounding of what it is the sum of is 0: where its own products are all 0, those of its neighbors
+//      must not leave it a sign.
 //
 // A task is a block of units by a block of channels, which one thread sums over all tiles in chunks, or,
 // where units and channels are few, over one of several parts of them. So the workspace does not grow with
 // the batch, and the order of the sums does not depend on the number of threads.
 #include "ghl/winograd.h"
+
+#include <limits>
 
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
@@ -22,6 +26,9 @@ namespace {
 
 constexpr int kComponents = 16;
 constexpr int kTaps = 9;
+
+// A tap below this share of its terms' magnitudes is rounding.
+constexpr float kRounding = 4 * std::numeric_limits<float>::epsilon();
 
 // Tiles that are multiplied at once: a group's share of them, for one component, stays in the first-level
 // cache.
@@ -36,8 +43,8 @@ constexpr int64_t kBlockGroups = 8;
 constexpr int64_t kTasksPerThread = 2;
 constexpr int64_t kLeastHalved = 4;
 
-// Squares of sixteen units by sixteen channels up to which the tiles are divided into parts, so that all
-// parts together have as many.
+// The tiles are divided into so many parts that parts times squares (sixteen units by sixteen channels) are
+// this many at most: tasks for the threads where units and channels make few, and 1 MiB of sums.
 constexpr int64_t kSquares = 64;
 
 // Accumulators of the inner loop: so many rows (units) of two registers.
@@ -49,8 +56,8 @@ constexpr int kRows = 6;
 constexpr int kRows = 4;
 #endif
 
-// The distance between components is a whole number of pages in floats, and one line more: sixteen streams
-// that shared a set would evict each other.
+// The distance between components would often be a whole number of pages, and is one line more: sixteen
+// streams that shared a set of the cache would evict each other.
 constexpr int64_t kSkew = 16;
 
 struct Plan {
@@ -366,6 +373,17 @@ GHL_INLINE Three transform_back(const Floats (&m)[4]) {
   return {m[0] + sum, (m[1] - m[2]) * half, m[3] + sum};
 }
 
+// The same of magnitudes.
+GHL_INLINE Three bound_back(const Floats (&m)[4]) {
+  const Floats sum = (magnitude(m[1]) + magnitude(m[2])) * broadcast(0.5f);
+  return {magnitude(m[0]) + sum, sum, magnitude(m[3]) + sum};
+}
+
+// NaN stays.
+GHL_INLINE Floats flush(Floats tap, Floats bound) {
+  return select(magnitude(tap) < bound * broadcast(kRounding), broadcast(0.0f), tap);
+}
+
 // A component of all parts.
 GHL_INLINE Floats sum_parts(const float* m, const Plan& plan) {
   Floats sum = load(m);
@@ -376,20 +394,23 @@ GHL_INLINE Floats sum_parts(const float* m, const Plan& plan) {
 // The nine taps of one unit and sixteen channels, of which count exist.
 void put_taps(const float* m, const Plan& plan, int count, const Filters& layout, float* a) {
   Three rows[4];
-  for (Three& row : rows) {
+  Three bounds[4];
+  for (int i = 0; i < 4; ++i) {
     Floats components[4];
     for (Floats& component : components) {
       component = sum_parts(m, plan);
       m += plan.m_component;
     }
-    row = transform_back(components);
+    rows[i] = transform_back(components);
+    bounds[i] = bound_back(components);
   }
   alignas(64) float taps[kTaps][kLanes];
 #pragma GCC unroll 3
   for (int j = 0; j < 3; ++j) {
     const Three column = transform_back({rows[0].at[j], rows[1].at[j], rows[2].at[j], rows[3].at[j]});
+    const Three bound = bound_back({bounds[0].at[j], bounds[1].at[j], bounds[2].at[j], bounds[3].at[j]});
 #pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) store(taps[3 * i + j], column.at[i]);
+    for (int i = 0; i < 3; ++i) store(taps[3 * i + j], flush(column.at[i], bound.at[i]));
   }
   for (int lane = 0; lane < count; ++lane) {
     for (int tap = 0; tap < kTaps; ++tap) {
@@ -446,17 +467,16 @@ void sum_chunks(const WinogradParams& params, const Plan& plan, const Block& blo
   }
 }
 
-void put_block(const WinogradParams& params, const Plan& plan, const Block& block, const float* m) {
+// One unit of the block, the row-th.
+void put_unit(const WinogradParams& params, const Plan& plan, const Block& block, int64_t row,
+              const float* m) {
   const Filters& layout = params.a_layout;
-  for (int64_t unit = block.unit; unit < block.unit_end; ++unit) {
-    const int64_t row = unit - block.unit;
-    const float* const of_unit = m + (row / kLanes * plan.block_channels * kLanes + row % kLanes) * kLanes;
-    for (int64_t channel = block.channel; channel < block.channel_end; channel += kLanes) {
-      put_taps(
-          of_unit + (channel - block.channel) * kLanes, plan,
-          static_cast<int>(min(kLanes, block.channel_end - channel)), layout,
-          params.a + unit * layout.stride_unit + (channel - block.first_channel) * layout.stride_channel);
-    }
+  m += (row / kLanes * plan.block_channels * kLanes + row % kLanes) * kLanes;
+  float* const a = params.a + (block.unit + row) * layout.stride_unit;
+  for (int64_t channel = block.channel; channel < block.channel_end; channel += kLanes) {
+    put_taps(m + (channel - block.channel) * kLanes, plan,
+             static_cast<int>(min(kLanes, block.channel_end - channel)), layout,
+             a + (channel - block.first_channel) * layout.stride_channel);
   }
 }
 
@@ -484,12 +504,20 @@ void winograd(const WinogradParams& params, int threads) {
       float* const m = sums + (plan.parts > 1 ? i : worker) * sums_floats(plan);
       sum_chunks(params, plan, block, plan.chunks * part / plan.parts, plan.chunks * (part + 1) / plan.parts,
                  ws, m);
-      if (plan.parts == 1) put_block(params, plan, block, m);
+      if (plan.parts > 1) continue;
+      for (int64_t row = 0; row < block.unit_end - block.unit; ++row) {
+        put_unit(params, plan, block, row, m);
+      }
     }
   }
   if (plan.parts == 1) return;
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
   for (int64_t i = 0; i < plan.blocks; ++i) {
-    put_block(params, plan, find_block(plan, i), sums + i * plan.parts * sums_floats(plan));
+    for (int64_t row = 0; row < plan.block_units * kLanes; ++row) {
+      const Block block = find_block(plan, i);
+      if (row >= block.unit_end - block.unit) continue;
+      put_unit(params, plan, block, row, sums + i * plan.parts * sums_floats(plan));
+    }
   }
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ghl_kernels import _native
-from ghl_kernels._dispatch import kind_of_layer
+from ghl_kernels._dispatch import LEAST_WINOGRAD
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
 from ghl_kernels.rule import Competition
@@ -30,7 +30,6 @@ _GATE, _DELTA, _LEARN = 0, 1, 2
 # Decided here and not by _dispatch.prefers_sparse, which must not depend on the batch.
 _FEW_ROWS = 256
 _FEW_ROWS_CROSSOVER = 0.02
-
 
 # With fewer, what the Winograd kernel does once for each weight shows beside its sums over positions.
 _LEAST_WINOGRAD_POSITIONS = 64
@@ -211,13 +210,16 @@ def _run_competition(u: Tensor, dim: int, competition: Competition, outputs: Map
 
 def _conv_correlate(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
     """sum_p y_p x_p^T (N, C / groups, *kernel_size) in float32; contiguous."""
-    channels = shape[1]
-    positions = y.numel() // max(y.shape[1], 1)
-    kind = kind_of_layer(channels, geometry)
-    known = x.dtype in _DTYPE and y.dtype in _DTYPE
-    if kind != "winograd" or positions < _LEAST_WINOGRAD_POSITIONS or not known or x.numel() == 0:
-        return eager.conv_correlate(x, y, shape, geometry)
-    return _winograd(_rows_or_planes(x, 1), _rows_or_planes(y, 1), shape, geometry)
+    if _suits_winograd(x, y, geometry):
+        return _winograd(_rows_or_planes(x, 1), _rows_or_planes(y, 1), shape, geometry)
+    return eager.conv_correlate(x, y, shape, geometry)
+
+
+def _suits_winograd(x: Tensor, y: Tensor, geometry: Geometry) -> bool:
+    if not geometry.has_short_form or x.numel() == 0 or y.numel() == 0:
+        return False
+    narrowest = min(x.shape[1], y.shape[1]) // geometry.groups
+    return narrowest >= LEAST_WINOGRAD and y.numel() // y.shape[1] >= _LEAST_WINOGRAD_POSITIONS
 
 
 def _winograd(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:

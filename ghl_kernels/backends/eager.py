@@ -158,7 +158,7 @@ def conv_correlate(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geome
     if y.numel() == 0 or x.numel() == 0:
         return x.new_zeros(shape)
     # Only its shape is read, but an expanded tensor would be copied: memory that is there anyway will do.
-    if y.numel() >= math.prod(shape):
+    if y.untyped_storage().nbytes() >= (y.storage_offset() + math.prod(shape)) * y.element_size():
         weight = y.as_strided(shape, _contiguous_strides(shape))
     else:
         weight = x.new_empty(shape)

@@ -137,11 +137,10 @@ def definition(conv: Conv, x: Tensor, y: Tensor) -> Tensor:
 
 
 def bound(conv: Conv, x: Tensor, y: Tensor) -> Tensor:
-    """Twice what a float32 sum of a tile's products, each of four by four terms, may be off."""
-    magnitude = definition(conv, x.abs(), y.abs())
-    whole = F.max_pool2d(magnitude, 3, 1, 1)  # a tap's neighbors take part in its products
-    terms = conv.batch * conv.out_size[0] * conv.out_size[1]
-    return 8 * torch.finfo(torch.float32).eps * max(terms, 16) ** 0.5 * whole + 1e-30
+    """So many roundings of the terms of a tap and its neighbors, which take part in its products."""
+    terms = F.max_pool2d(definition(conv, x.abs(), y.abs()), 3, 1, 1)
+    positions = conv.batch * conv.out_size[0] * conv.out_size[1]
+    return 8 * torch.finfo(torch.float32).eps * max(positions, 16) ** 0.5 * terms + 1e-30
 
 
 def check(conv: Conv, x: Tensor, y: Tensor, A: Tensor) -> None:
@@ -230,6 +229,19 @@ def test_silent_units_and_channels_have_no_sum(isa: str) -> None:
     assert not A[5].any()
     assert not A[:, 3].any()
     assert A.count_nonzero() == A.numel() - 20 * 9 - 17 * 9
+
+
+def test_taps_without_a_product_have_no_sum(isa: str) -> None:
+    """One tile of y over few inputs: most taps multiply zeros, and share M with some that do not."""
+    conv = Conv(1, 16, 16, (10, 10), (0, 0))
+    for seed in range(20):
+        x, y = tensors(conv, seed=seed)
+        mask = torch.rand(x.shape[2:], generator=torch.Generator().manual_seed(seed)) < 0.05
+        x *= mask
+        y[:, :, 2:], y[:, :, :, 2:] = 0.0, 0.0
+        A, dead = native(conv, x, y), definition(conv, x.abs(), y.abs()) == 0
+        assert dead.any()
+        assert not A[dead].any()
 
 
 def test_taps_that_see_padding_alone_have_no_sum(isa: str) -> None:
