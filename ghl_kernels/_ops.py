@@ -35,7 +35,9 @@ _RULE = "SymInt groups, str decay, str normalize"
 def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as the real implementation of an operation on every device."""
     name = schema.split("(")[0]
-    _LIB.define(schema)
+    # What is changed in place may have any strides. A compiler that holds it to those of its plan copies it
+    # into itself, and fails (Inductor, torch 2.13, the gradient of a 1 x 1 convolution).
+    _LIB.define(schema, tags=(torch.Tag.flexible_layout,) if "!" in schema else ())
     makes_only = "!" not in schema and name != "delta"  # whose kernels are told addresses
 
     def register(body: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import interleave, report, tables
+from bench import interleave, parity, report, tables
 from bench.crossover import crossover
 from bench.interleave import Candidate, Spread, Timing
 from bench.report import Bar, Row
@@ -230,3 +230,18 @@ def test_the_crossover_is_fitted_to_all_costs() -> None:
     costs = [0.1 + 3.0 * x for x in fractions]
     costs[3] *= 1.1
     assert crossover(fractions, costs) == pytest.approx(0.3, rel=0.05)
+
+
+def test_parity_allows_what_it_is_told_and_no_more() -> None:
+    expected = torch.tensor([1.0, -0.5, 0.25])
+    parity.assert_close("same", expected + 5e-5, expected)
+    with pytest.raises(parity.ParityError, match="off by 2.00e-04"):
+        parity.assert_close("other", expected + 2e-4, expected)
+    parity.assert_close("rounded", expected + 2e-4, expected, rounding=torch.tensor([2e-4, 2e-4, 1.1e-4]))
+    with pytest.raises(parity.ParityError):
+        parity.assert_close("rounded", expected + 2e-4, expected, rounding=torch.tensor([2e-4, 0.0, 2e-4]))
+    somewhere = torch.tensor([False, True, False])
+    parity.assert_close("0", expected * ~somewhere, expected, may_be_0=somewhere)
+    for wrong in (expected * somewhere, torch.tensor([1.0, 0.5, 0.25]), expected * float("nan")):
+        with pytest.raises(parity.ParityError):
+            parity.assert_close("wrong", wrong, expected, may_be_0=somewhere)

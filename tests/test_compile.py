@@ -156,6 +156,35 @@ def test_compiled_model_switches_between_training_and_evaluation() -> None:
     torch.testing.assert_close(model[0].weight.grad, trained)
 
 
+class _Shortcut(nn.Module):
+    """The branches of a ResNet's block that halves the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.main = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16))
+        self.skip = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return torch.relu(self.main(x) + self.skip(x))
+
+
+@pytest.mark.slow
+def test_a_gradient_whose_strides_the_compiler_chose() -> None:
+    """That of a shortcut's 1 x 1 convolution, which is then changed in place."""
+    torch.manual_seed(0)
+    model = ghl.convert(_Shortcut(), sums_at="backward")
+    x = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        gradients.append([layer[0].weight.grad.abs() for layer in (model.stem, model.main, model.skip)])
+    for compiled, eager in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-4)  # of a largest entry of 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gate_at", ["backward", "step"])
 def test_inductor(gate_at: str) -> None:

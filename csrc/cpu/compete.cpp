@@ -1,7 +1,8 @@
 // Competition, sixteen positions at a time: the lanes of a vector are positions, and the loops run over
 // the units. Tiles of positions are copied to a float buffer in that order, whatever their layout and
 // dtype, compete there, and are copied out, or written at once where that is as good. Lanes never meet, so no
-// result depends on the number of threads or on how positions are grouped.
+// result depends on the number of threads or on how positions are grouped. Only a softmax over rows of units
+// needs no tile: there the lanes are units.
 #include <limits>
 #include <type_traits>
 
@@ -9,6 +10,7 @@
 #include "cpu/select.h"
 #include "cpu/simd.h"
 #include "cpu/sizes.h"
+#include "cpu/softmax.h"
 
 namespace ghl::GHL_ISA {
 namespace {
@@ -141,12 +143,6 @@ void store_group(const float* group, int64_t units, const Lanes<T>& lanes, int64
 
 // ---- Activities ----
 
-// exp((u - largest) / temperature)
-struct Exponential {
-  Floats largest;
-  Floats inverse_temperature;
-  GHL_INLINE Floats operator()(Floats u) const { return exp((u - largest) * inverse_temperature); }
-};
 struct Softmax {
   Exponential exponential;
   Floats inverse_sum;
@@ -179,34 +175,6 @@ class Negation {
   Floats largest_;
   Mask found_;
 };
-
-// Sums over ascending units in blocks of neighbors, so that the rounding of many does not add up. The
-// blocks go by the unit, not by the number of calls: units may be left out that count in no lane.
-class BlockedSum {
- public:
-  GHL_INLINE void add(int64_t unit, Floats value) {
-    if (unit >= end_) flush(unit);
-    block_ += value;
-  }
-  GHL_INLINE Floats total() const { return total_ + block_; }
-
- private:
-  static constexpr int64_t kBlock = 64;
-  GHL_INLINE void flush(int64_t unit) {
-    total_ += block_;
-    block_ = broadcast(0.0f);
-    end_ = (unit / kBlock + 1) * kBlock;
-  }
-  Floats total_ = broadcast(0.0f);
-  Floats block_ = broadcast(0.0f);
-  int64_t end_ = 0;
-};
-
-// A temperature so small that its inverse overflows must not make NaN of 0 times infinity.
-float invert(float temperature) {
-  const float inverse = 1.0f / temperature;
-  return inverse > std::numeric_limits<float>::max() ? std::numeric_limits<float>::max() : inverse;
-}
 
 // ---- One group: what is asked for ----
 
@@ -532,6 +500,47 @@ void compete_tile(const CompeteParams& params, const Plan& plan, int64_t first, 
   }
 }
 
+// ---- Rows ----
+
+bool is_softmax_of_rows(const CompeteParams& params) {
+  const bool rows_of_units =
+      params.u_layout.stride_unit == 1 && (params.y == nullptr || params.y_layout.stride_unit == 1);
+  return params.activity == Activity::softmax && params.winners == 0 && !params.anti && rows_of_units;
+}
+
+template <class U, class Y>
+void compete_row(const CompeteParams& params, int64_t row, float* scratch) {
+  const U* const u = static_cast<const U*>(params.u) + offset_of(row, params.u_layout, params);
+  Y* const y =
+      params.y == nullptr ? nullptr : static_cast<Y*>(params.y) + offset_of(row, params.y_layout, params);
+  const float logsumexp = softmax_row(u, params.units, invert(params.temperature), y, scratch);
+  if (params.logsumexp != nullptr) params.logsumexp[row] = logsumexp;
+}
+
+template <class U>
+void compete_row(const CompeteParams& params, int64_t row, float* scratch) {
+  if (params.y != nullptr && params.y_dtype == DType::bf16) {
+    compete_row<U, BFloat16>(params, row, scratch);
+  } else {
+    compete_row<U, float>(params, row, scratch);
+  }
+}
+
+void compete_rows(const CompeteParams& params, float* workspace, int threads) {
+  const int64_t rows = params.batch * params.positions;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t share = 0; share < threads; ++share) {
+    float* const scratch = workspace + share * params.units;
+    for (int64_t row = rows * share / threads; row < rows * (share + 1) / threads; ++row) {
+      if (params.u_dtype == DType::bf16) {
+        compete_row<BFloat16>(params, row, scratch);
+      } else {
+        compete_row<float>(params, row, scratch);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int64_t compete_workspace(const CompeteParams& params, int threads) {
@@ -540,6 +549,7 @@ int64_t compete_workspace(const CompeteParams& params, int threads) {
 }
 
 void compete(const CompeteParams& params, void* workspace, int threads) {
+  if (is_softmax_of_rows(params)) return compete_rows(params, static_cast<float*>(workspace), threads);
   const Plan plan = make_plan(params);
   const int64_t tile_size = plan.groups_per_tile * params.units * kLanes;
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -277,18 +277,23 @@ def test_nan_spoils_its_own_position_only(isa: str, activity: str, winners: int,
 
 @pytest.mark.parametrize("winners", [0, 4, 50])
 @pytest.mark.parametrize("activity", ["softmax", "linear"])
-def test_threads_and_neighbors_change_no_bit(isa: str, winners: int, activity: str) -> None:
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_threads_and_neighbors_change_no_bit(isa: str, winners: int, activity: str, layout: str) -> None:
     u = noise((7, 193, 41))
     rule = Rule(activity, winners)
     if activity == "linear" and winners == 0:
         rule = Rule("relu")
-    first = run(u, rule, threads=1)
+    first = run(u, rule, layout, threads=1)
     for threads in (2, 3, 8, 64):
-        other = run(u, rule, threads=threads)
+        other = run(u, rule, layout, threads=threads)
         assert torch.equal(first.y, other.y)
         assert torch.equal(first.logsumexp, other.logsumexp)
-    assert torch.equal(first.y, run(u, rule, "channels_last").y)
-    alone = torch.cat([run(u[b : b + 1, :, p : p + 1], rule).y for b in (0, 6) for p in (0, 17, 40)], 2)
+    sums_in_other_order = activity == "softmax" and winners == 0  # of a row, where the units are adjacent
+    if not sums_in_other_order:
+        assert torch.equal(first.y, run(u, rule).y)
+    alone = torch.cat(
+        [run(u[b : b + 1, :, p : p + 1], rule, layout).y for b in (0, 6) for p in (0, 17, 40)], 2
+    )
     assert torch.equal(alone, torch.stack([first.y[b, :, p] for b in (0, 6) for p in (0, 17, 40)], 1)[None])
 
 
