@@ -235,7 +235,7 @@ def test_the_crossover_is_fitted_to_all_costs() -> None:
 def test_parity_allows_what_it_is_told_and_no_more() -> None:
     expected = torch.tensor([1.0, -0.5, 0.25])
     parity.assert_close("same", expected + 5e-5, expected)
-    with pytest.raises(parity.ParityError, match="off by 2.00e-04"):
+    with pytest.raises(parity.ParityError, match=r"off by 2\.00e-04"):
         parity.assert_close("other", expected + 2e-4, expected)
     parity.assert_close("rounded", expected + 2e-4, expected, rounding=torch.tensor([2e-4, 2e-4, 1.1e-4]))
     with pytest.raises(parity.ParityError):
