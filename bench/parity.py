@@ -14,8 +14,6 @@ import ghl_kernels as ghl
 TOLERANCE = 1e-4
 # G has gone through every layer, forward and back, and each adds its rounding.
 _GRADIENT_TOLERANCE = 1e-3
-# A share of the largest G below which one is its own rounding, and has no sign to be held to.
-_UNCERTAIN = 1e-5
 
 
 class ParityError(AssertionError):
@@ -29,21 +27,17 @@ def assert_close(
     tolerance: float = TOLERANCE,
     *,
     rounding: Tensor | float = 0.0,
-    may_be_0: Tensor | None = None,
 ) -> None:
     """Raise ParityError unless the largest difference is within tolerance of the largest expected entry.
 
     Args:
         rounding: what each entry may be off besides.
-        may_be_0: where 0 is right, too.
     """
     if actual.shape != expected.shape:
         raise ParityError(f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
     scale = expected.abs().max().clamp_min(1e-30)
-    errors = (actual.double() - expected.double()).abs()
-    if may_be_0 is not None:
-        errors = errors.where(~(may_be_0 & (actual == 0)), 0.0)
-    error = ((errors - rounding).max() / scale).item()
+    errors = (actual.double() - expected.double()).abs() - rounding
+    error = (errors.max() / scale).item()
     if not error <= tolerance:  # NaN is not within tolerance
         raise ParityError(f"{name}: off by {error:.2e} of the largest entry, allowed {tolerance:.0e}")
 
@@ -94,11 +88,6 @@ class Updates:
         """|H| where the task gradient is not 0: the weights of a unit behind a dead ReLU do not move."""
         return self.of(name, rule).abs() * (self._gradients[name] != 0)
 
-    def uncertain(self, name: str) -> Tensor:
-        """Where the task gradient is so near 0 that its sign is rounding."""
-        G = self._gradients[name].abs()
-        return _UNCERTAIN * G.max() >= G
-
     def _record(self, name: str, layer: nn.Module, x: Tensor, u: Tensor) -> None:
         # what follows may change u in place; x has been changed by then
         self._seen[name] = (layer, x.detach().clone(), u.detach().clone())
@@ -126,7 +115,7 @@ def check_update(
     """Run a step that starts where ``updates`` was recorded; every weight has to change by lr H.
 
     Only the size of the change is compared, unless ``signed``: the gate takes H's sign away, and leaves 0
-    where the task gradient is 0, or may be for all that can be told.
+    where the task gradient is 0.
 
     Raises:
         ParityError: a layer's weight changed by something else.
@@ -138,8 +127,7 @@ def check_update(
         run()
     for name, layer, weight, H in before:
         change = (layer.weight - weight) / lr
-        may_be_0 = None if signed else updates.uncertain(name)
-        assert_close(name, change if signed else change.abs(), H, may_be_0=may_be_0)
+        assert_close(name, change if signed else change.abs(), H)
 
 
 @torch.no_grad()

@@ -5,9 +5,11 @@
 //   1. Tiles of x and y are transformed, sixteen channels (units) a vector: V = B d B^T, U = G g G^T.
 //      1-d: B d = (d0 - d2, d1 + d2, d2 - d1, d3 - d1) and G g = (g0, g0 + g1, g0 - g1, g1).
 //   2. For each of the 16 components, M += U^T V: a matrix product over the tiles.
-//   3. A = C M C^T with C m = (m0 + s, (m1 - m2) / 2, m3 + s), s = (m1 + m2) / 2. A tap that is smaller than
-//      the rounding of what it is the sum of is 0: where its own products are all 0, those of its neighbors
-//      must not leave it a sign.
+//   3. A = C M C^T with C m = (m0 + s, (m1 - m2) / 2, m3 + s), s = (m1 + m2) / 2.
+//   4. The error of a tap is in proportion to the products of its neighbors, too. One that is small beside
+//   them
+//      is summed again by the definition, so that its sign, which gates a weight, is that of its own
+//      products.
 //
 // A task is a block of units by a block of channels, which one thread sums over all tiles in chunks, or,
 // where units and channels are few, over one of several parts of them. So the workspace does not grow with
@@ -27,8 +29,9 @@ namespace {
 constexpr int kComponents = 16;
 constexpr int kTaps = 9;
 
-// A tap below this share of its terms' magnitudes is rounding.
-constexpr float kRounding = 4 * std::numeric_limits<float>::epsilon();
+// A tap below this share of what it is the sum of is summed again: well above the rounding of a component,
+// below what more than a few taps in ten thousand are where x and y are dense.
+constexpr float kDoubtful = 64 * std::numeric_limits<float>::epsilon();
 
 // Tiles that are multiplied at once: a group's share of them, for one component, stays in the first-level
 // cache.
@@ -379,9 +382,46 @@ GHL_INLINE Three bound_back(const Floats (&m)[4]) {
   return {magnitude(m[0]) + sum, sum, magnitude(m[3]) + sum};
 }
 
-// NaN stays.
-GHL_INLINE Floats flush(Floats tap, Floats bound) {
-  return select(magnitude(tap) < bound * broadcast(kRounding), broadcast(0.0f), tap);
+// One tap by the definition, in double precision.
+struct Tap {
+  int64_t unit;     // of all
+  int64_t channel;  // of all
+  int64_t row;      // of the kernel
+  int64_t column;
+};
+
+template <class X, class Y>
+float sum_tap(const WinogradParams& params, const Tap& tap) {
+  const int64_t row_shift = tap.row - params.padding[0];
+  const int64_t column_shift = tap.column - params.padding[1];
+  const int64_t first = max(0, -column_shift);
+  const int64_t end = min(params.out_size(1), params.in_size[1] - column_shift);
+  double sum = 0.0;
+  for (int64_t image = 0; image < params.batch; ++image) {
+    const X* const x = static_cast<const X*>(params.x) + image * params.x_layout.stride_batch +
+                       tap.channel * params.x_layout.stride_unit;
+    const Y* const y = static_cast<const Y*>(params.y) + image * params.y_layout.stride_batch +
+                       tap.unit * params.y_layout.stride_unit;
+    for (int64_t row = max(0, -row_shift); row < min(params.out_size(0), params.in_size[0] - row_shift);
+         ++row) {
+      const X* const inputs = x + (row + row_shift) * params.in_size[1] * params.x_layout.stride_position;
+      const Y* const outputs = y + row * params.out_size(1) * params.y_layout.stride_position;
+      for (int64_t column = first; column < end; ++column) {
+        sum +=
+            static_cast<double>(to_float(inputs[(column + column_shift) * params.x_layout.stride_position])) *
+            static_cast<double>(to_float(outputs[column * params.y_layout.stride_position]));
+      }
+    }
+  }
+  return static_cast<float>(sum);
+}
+
+float sum_tap(const WinogradParams& params, const Tap& tap) {
+  const bool x_is_bf16 = params.x_dtype == DType::bf16;
+  if (params.y_dtype == DType::bf16) {
+    return x_is_bf16 ? sum_tap<BFloat16, BFloat16>(params, tap) : sum_tap<float, BFloat16>(params, tap);
+  }
+  return x_is_bf16 ? sum_tap<BFloat16, float>(params, tap) : sum_tap<float, float>(params, tap);
 }
 
 // A component of all parts.
@@ -391,8 +431,9 @@ GHL_INLINE Floats sum_parts(const float* m, const Plan& plan) {
   return sum;
 }
 
-// The nine taps of one unit and sixteen channels, of which count exist.
-void put_taps(const float* m, const Plan& plan, int count, const Filters& layout, float* a) {
+// The nine taps of one unit and sixteen channels: from channel on, of which count exist.
+void put_taps(const WinogradParams& params, const Plan& plan, const float* m, int64_t unit, int64_t channel,
+              int count, float* a) {
   Three rows[4];
   Three bounds[4];
   for (int i = 0; i < 4; ++i) {
@@ -405,13 +446,24 @@ void put_taps(const float* m, const Plan& plan, int count, const Filters& layout
     bounds[i] = bound_back(components);
   }
   alignas(64) float taps[kTaps][kLanes];
+  uint32_t doubtful[kTaps];
 #pragma GCC unroll 3
   for (int j = 0; j < 3; ++j) {
     const Three column = transform_back({rows[0].at[j], rows[1].at[j], rows[2].at[j], rows[3].at[j]});
     const Three bound = bound_back({bounds[0].at[j], bounds[1].at[j], bounds[2].at[j], bounds[3].at[j]});
 #pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) store(taps[3 * i + j], flush(column.at[i], bound.at[i]));
+    for (int i = 0; i < 3; ++i) {
+      store(taps[3 * i + j], column.at[i]);
+      doubtful[3 * i + j] = lane_bits(magnitude(column.at[i]) < bound.at[i] * broadcast(kDoubtful));
+    }
   }
+  for (int tap = 0; tap < kTaps; ++tap) {
+    for (uint32_t bits = doubtful[tap] & ((1u << count) - 1u); bits != 0; bits &= bits - 1) {
+      const int lane = __builtin_ctz(bits);
+      taps[tap][lane] = sum_tap(params, {unit, channel + lane, tap / 3, tap % 3});
+    }
+  }
+  const Filters& layout = params.a_layout;
   for (int lane = 0; lane < count; ++lane) {
     for (int tap = 0; tap < kTaps; ++tap) {
       a[lane * layout.stride_channel + tap * layout.stride_tap] = taps[tap][lane];
@@ -474,8 +526,8 @@ void put_unit(const WinogradParams& params, const Plan& plan, const Block& block
   m += (row / kLanes * plan.block_channels * kLanes + row % kLanes) * kLanes;
   float* const a = params.a + (block.unit + row) * layout.stride_unit;
   for (int64_t channel = block.channel; channel < block.channel_end; channel += kLanes) {
-    put_taps(m + (channel - block.channel) * kLanes, plan,
-             static_cast<int>(min(kLanes, block.channel_end - channel)), layout,
+    put_taps(params, plan, m + (channel - block.channel) * kLanes, block.unit + row, channel,
+             static_cast<int>(min(kLanes, block.channel_end - channel)),
              a + (channel - block.first_channel) * layout.stride_channel);
   }
 }

@@ -244,6 +244,27 @@ def test_taps_without_a_product_have_no_sum(isa: str) -> None:
         assert not A[dead].any()
 
 
+@pytest.mark.parametrize("kind", ["few inputs", "few positions", "an outlier"])
+def test_a_sign_is_that_of_the_own_products(isa: str, kind: str) -> None:
+    """Wherever the sum is above the rounding of its own terms, however large those of its neighbors are."""
+    conv = Conv(1, 16, 24, (12, 12))
+    for seed in range(10):
+        x, y = tensors(conv, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        if kind == "few inputs":
+            x.relu_().mul_(torch.rand(x.shape, generator=generator) < 0.02)
+        elif kind == "few positions":
+            y.mul_((torch.rand(y.shape, generator=generator) < 0.01) * 10.0 ** (-10 * torch.rand(y.shape)))
+        else:
+            x[0, :, 6, 6] = 1e6
+        A, exact = native(conv, x, y), definition(conv, x, y)
+        terms = definition(conv, x.abs(), y.abs())
+        certain = exact.abs() > 4 * torch.finfo(torch.float32).eps * terms
+        assert certain.any()
+        assert torch.equal(A.sign()[certain], exact.sign()[certain].float())
+        assert not A[terms == 0].any()
+
+
 def test_taps_that_see_padding_alone_have_no_sum(isa: str) -> None:
     """One row of positions: the taps above and below it lie in the zeros."""
     conv = Conv(4, 16, 16, (1, 11))
