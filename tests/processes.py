@@ -35,6 +35,7 @@ def _process(rank: int, world: int, function: Callable[[int], Any], folder: Path
     join(rank, world, folder / "store")
     try:
         found = function(rank)
+        torch.distributed.barrier()  # gloo aborts where a process leaves while its threads hear of another
     finally:
         torch.distributed.destroy_process_group()
     torch.save(found, folder / f"{rank}.pt")
