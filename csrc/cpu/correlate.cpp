@@ -10,6 +10,7 @@
 //      unit's whole list, in list order: no atomics, and the same bits for any number of threads.
 #include "ghl/correlate.h"
 
+#include "cpu/arena.h"
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 #include "cpu/sizes.h"
@@ -152,23 +153,6 @@ struct Workspace {
   RowVector* row;       // [vectors]
   float* block;         // [block groups, block images, extent..., block channels] and a vector of slack
   int64_t bytes;
-};
-
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    char* const begin = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return reinterpret_cast<T*>(begin);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
 };
 
 Workspace carve(const CorrelateParams& params, const Plan& plan, int slices, void* base) {

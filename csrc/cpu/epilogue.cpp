@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "cpu/kernels.h"
+#include "cpu/row.h"
 #include "cpu/simd.h"
 #include "cpu/sizes.h"
 
@@ -131,32 +132,6 @@ Workspace carve(const EpilogueParams& params, int slices, void* base) {
 
 // ---- One row ----
 
-// Calls body(whole, first element, lanes) for vectors of up to 16 elements; whole is a compile-time truth.
-template <class Body>
-GHL_INLINE void for_vectors(int64_t begin, int64_t end, Body body) {
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) body(std::true_type{}, i, kLanes);
-  if (i < end) body(std::false_type{}, i, static_cast<int>(end - i));
-}
-
-template <bool kWhole, class T>
-GHL_INLINE Floats load_lanes(const T* source, int lanes) {
-  if constexpr (kWhole) {
-    return load(source);
-  } else {
-    return load_first(source, lanes);
-  }
-}
-
-template <bool kWhole, class T>
-GHL_INLINE void store_lanes(T* target, Floats value, int lanes) {
-  if constexpr (kWhole) {
-    store(target, value);
-  } else {
-    store_first(target, value, lanes);
-  }
-}
-
 template <class W>
 float dot(const float* a, const W* weight, int64_t size) {
   Floats total = {};
@@ -167,12 +142,7 @@ float dot(const float* a, const W* weight, int64_t size) {
     });
     total += sum;
   }
-  float lane[kLanes];
-  store(lane, total);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  }
-  return lane[0];
+  return sum_lanes(total);
 }
 
 // H before its norm. W is void where there is no decay.

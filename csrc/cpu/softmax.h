@@ -5,6 +5,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cpu/row.h"
 #include "cpu/simd.h"
 
 namespace ghl::GHL_ISA {
@@ -55,33 +56,18 @@ GHL_INLINE float largest_lane(Floats value) {
   return largest;
 }
 
-GHL_INLINE float sum_lanes(Floats value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
-}
+constexpr float kLeast = -std::numeric_limits<float>::infinity();  // of the lanes past a row's end
 
 // The largest unit, or NaN where one is NaN.
 template <class T>
 float find_largest(const T* u, int64_t units) {
-  const Floats least = broadcast(-std::numeric_limits<float>::infinity());
-  Floats largest = least;
+  Floats largest = broadcast(kLeast);
   Mask nan = none();
-  int64_t n = 0;
-  for (; n + kLanes <= units; n += kLanes) {
-    const Floats value = load(u + n);
+  for_vectors(0, units, [&](auto whole, int64_t n, int lanes) {
+    const Floats value = load_lanes<whole>(u + n, lanes, kLeast);
     largest = max(largest, value);
     nan = nan | is_nan(value);
-  }
-  if (n < units) {
-    const Floats value =
-        load_first(u + n, static_cast<int>(units - n), -std::numeric_limits<float>::infinity());
-    largest = max(largest, value);
-    nan = nan | is_nan(value);
-  }
+  });
   return any(nan) ? std::numeric_limits<float>::quiet_NaN() : largest_lane(largest);
 }
 
@@ -96,24 +82,18 @@ float softmax_row(const U* u, int64_t units, float inverse_temperature, Y* y, fl
     if (y != nullptr) kept = y;
   }
   BlockedSum blocks;
-  int64_t n = 0;
-  for (; n + kLanes <= units; n += kLanes) {
-    const Floats e = exponential(load(u + n));
+  for_vectors(0, units, [&](auto whole, int64_t n, int lanes) {
+    const Floats e = exponential(load_lanes<whole>(u + n, lanes, kLeast));  // e^-inf counts as 0
     blocks.add(n, e);
-    if (y != nullptr) store(kept + n, e);
-  }
-  const int rest = static_cast<int>(units - n);
-  if (rest > 0) {
-    const Floats e =
-        exponential(load_first(u + n, rest, -std::numeric_limits<float>::infinity()));  // e^-inf counts as 0
-    blocks.add(n, e);
-    if (y != nullptr) store_first(kept + n, e, rest);
-  }
+    if (y != nullptr) store_lanes<whole>(kept + n, e, lanes);
+  });
   const float sum = sum_lanes(blocks.total());
-  if (y == nullptr) return largest * inverse_temperature + __builtin_logf(sum);
-  const Floats factor = broadcast(1.0f / sum);
-  for (n = 0; n + kLanes <= units; n += kLanes) store(y + n, load(kept + n) * factor);
-  if (rest > 0) store_first(y + n, load_first(kept + n, rest) * factor, rest);
+  if (y != nullptr) {
+    const Floats factor = broadcast(1.0f / sum);
+    for_vectors(0, units, [&](auto whole, int64_t n, int lanes) {
+      store_lanes<whole>(y + n, load_lanes<whole>(kept + n, lanes) * factor, lanes);
+    });
+  }
   return largest * inverse_temperature + __builtin_logf(sum);
 }
 

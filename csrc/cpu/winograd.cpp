@@ -18,6 +18,7 @@
 
 #include <limits>
 
+#include "cpu/arena.h"
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 #include "cpu/sizes.h"
@@ -141,20 +142,20 @@ struct Workspace {
   float* window;  // [rows, columns, 16]
   float* u;       // [16 components, groups of units, tiles, 16]
   float* v;       // [16 components, groups of channels, tiles, 16]
-  int64_t floats;
 };
 
-Workspace carve(const Plan& plan, float* base) {
+Workspace carve(const Plan& plan, Arena* arena) {
   Workspace ws{};
-  const auto take = [&](int64_t count) {
-    float* const begin = base == nullptr ? nullptr : base + ws.floats;
-    ws.floats += ceil_div(count, kLanes) * kLanes;
-    return begin;
-  };
-  ws.window = take(plan.window);
-  ws.u = take(kComponents * plan.u_component);
-  ws.v = take(kComponents * plan.v_component);
+  ws.window = arena->take<float>(plan.window);
+  ws.u = arena->take<float>(kComponents * plan.u_component);
+  ws.v = arena->take<float>(kComponents * plan.v_component);
   return ws;
+}
+
+int64_t bytes_of_thread(const Plan& plan) {
+  Arena arena(nullptr);
+  carve(plan, &arena);
+  return arena.used();
 }
 
 // [16 components, groups of units, groups of channels, 16 units, 16 channels]: one for each part of each
@@ -536,20 +537,20 @@ void put_unit(const WinogradParams& params, const Plan& plan, const Block& block
 
 int64_t winograd_workspace(const WinogradParams& params, int threads) {
   const Plan plan = make_plan(params, threads);
-  const int64_t floats =
-      threads * carve(plan, nullptr).floats + sums_count(plan, threads) * sums_floats(plan);
-  return floats * static_cast<int64_t>(sizeof(float));
+  const int64_t sums = sums_count(plan, threads) * sums_floats(plan) * static_cast<int64_t>(sizeof(float));
+  return threads * bytes_of_thread(plan) + sums;
 }
 
 void winograd(const WinogradParams& params, int threads) {
   const Plan plan = make_plan(params, threads);
   const int64_t tasks = plan.blocks * plan.parts;
-  const int64_t floats = carve(plan, nullptr).floats;
-  float* const workspace = static_cast<float*>(params.workspace);
-  float* const sums = workspace + threads * floats;
+  const int64_t bytes = bytes_of_thread(plan);
+  char* const workspace = static_cast<char*>(params.workspace);
+  float* const sums = reinterpret_cast<float*>(workspace + threads * bytes);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t worker = 0; worker < threads; ++worker) {
-    const Workspace ws = carve(plan, workspace + worker * floats);
+    Arena arena(workspace + worker * bytes);
+    const Workspace ws = carve(plan, &arena);
     for (int64_t i = tasks * worker / threads; i < tasks * (worker + 1) / threads; ++i) {
       const Block block = find_block(plan, i / plan.parts);
       const int64_t part = i % plan.parts;

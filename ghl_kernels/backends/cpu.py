@@ -250,10 +250,8 @@ def _winograd(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geometry) 
 
 def _plane_strides(images: Tensor) -> tuple[int, int, int]:
     """Strides of batch, units and positions of contiguous or channels_last images."""
-    positions = images.shape[2:].numel()
-    if images.is_contiguous():
-        return images.shape[1] * positions, positions, 1
-    return images.shape[1] * positions, 1, images.shape[1]
+    *_, stride_unit, stride_position = _layout(images, 1)
+    return images.shape[1:].numel(), stride_unit, stride_position
 
 
 def _correlate(
