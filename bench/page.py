@@ -21,10 +21,10 @@ hand. A "ratio" is the median of the ratios of the rounds of one run, in each of
 timed once, in turn (`bench/interleave.py`); "times faster than" and "slower by" divide medians of times of
 the same rounds. Speed is printed only of what was compared with the float64 reference in the same run. The
 floor of an operation is max(bytes / copy bandwidth, operations / matrix rate) of that machine, measured in
-the same run, with every tensor moved once and the operations of the definition (`bench/work.py`): a form that
-multiplies less, as that of 3 x 3 convolutions on a CPU, may go below it. The floor of a training step counts
-its convolutions and linear layers. "Ours" is what runs where no backend is chosen; the others stand beside
-it.
+the same run (a CPU's matrix rate is the better of a library's product and a library's convolution), with every
+tensor moved once and the operations of the definition (`bench/work.py`): a form that multiplies less, as that
+of 3 x 3 convolutions on a CPU, may go below it. The floor of a training step counts its convolutions and linear
+layers. "Ours" is what runs where no backend is chosen; the others stand beside it.
 """
 # What a figure shows, and of which suites.
 _CAPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -102,7 +102,7 @@ def _machine(document: Measured) -> str:
         f"{name} {version}" for name, version in machine.get("versions", {}).items() if version
     )
     facts = (
-        ("hardware", machine.get("gpu", {}).get("name") or machine["machine"]["cpu"]),
+        ("hardware", machine.get("gpu", {}).get("name") or _processor(machine["machine"])),
         ("threads", document.settings.get("threads")),
         ("instruction set", machine.get("instruction_set")),
         ("ceilings, measured", _ceilings(machine)),
@@ -111,6 +111,10 @@ def _machine(document: Measured) -> str:
         ("commit", None if document.runs else machine.get("commit")),
     )
     return _table(("", ""), [(name, value) for name, value in facts if value])
+
+
+def _processor(machine: dict[str, Any]) -> str:
+    return ", ".join(machine[key] for key in ("cpu", "cpu_model") if machine.get(key))
 
 
 def _ceilings(described: dict[str, Any]) -> str:

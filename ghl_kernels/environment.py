@@ -20,6 +20,7 @@ def collect() -> dict[str, Any]:
         "versions": _versions(),
         "machine": {
             "cpu": _cpu_name(),
+            "cpu_model": _cpu_model(),
             "platform": f"{platform.system()} {platform.machine()}",
             "processors": _usable_processors(),
         },
@@ -38,7 +39,7 @@ def as_text(environment: dict[str, Any]) -> str:
     machine, native = environment["machine"], environment["native"]
     rows = [(name, version or "not installed") for name, version in environment["versions"].items()]
     rows += [
-        ("CPU", machine["cpu"]),
+        ("CPU", ", ".join(filter(None, (machine["cpu"], machine["cpu_model"])))),
         ("platform", machine["platform"]),
         ("threads", f"{environment['threads']} of {machine['processors']} processors"),
     ]
@@ -92,12 +93,25 @@ def _cuda_build() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
+    return _processor_fields().get("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_model() -> str:
+    """Tells generations apart that call themselves the same; "" where Linux on x86 does not say it."""
+    fields = _processor_fields()
+    return ", ".join(
+        f"{name} {fields[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in fields
+    )
+
+
+def _processor_fields() -> dict[str, str]:
+    """Linux's description of the first processor."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _usable_processors() -> int:

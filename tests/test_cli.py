@@ -96,6 +96,7 @@ def test_info_says_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -
         assert backend.name in text
         assert backend.reason in text
     assert report["machine"]["cpu"] in text
+    assert report["machine"]["cpu_model"] in text
 
 
 def test_info_shows_the_native_build(capsys: pytest.CaptureFixture[str]) -> None:
