@@ -16,15 +16,16 @@ FIGURES = ROOT / "docs" / "performance"
 _INTRODUCTION = """\
 # Performance
 
-Written by `python -m bench.performance` from the documents in `bench/results/`; no number here is typed by
+Written by `python -m bench.performance` from the documents in `bench/results/`; no measured number is typed by
 hand. A "ratio" is the median of the ratios of the rounds of one run, in each of which everything compared is
 timed once, in turn (`bench/interleave.py`); "times faster than" and "slower by" divide medians of times of
 the same rounds. Speed is printed only of what was compared with the float64 reference in the same run. The
 floor of an operation is max(bytes / copy bandwidth, operations / matrix rate) of that machine, measured in
-the same run (a CPU's matrix rate is the better of a library's product and a library's convolution), with every
-tensor moved once and the operations of the definition (`bench/work.py`): a form that multiplies less, as that
-of 3 x 3 convolutions on a CPU, may go below it. The floor of a training step counts its convolutions and linear
-layers. "Ours" is what runs where no backend is chosen; the others stand beside it.
+the same run (a CPU's matrix rate is the better of a library's product and a library's convolution), with
+every tensor moved once and the operations of the definition (`bench/work.py`): a form that multiplies less,
+as that of 3 x 3 convolutions on a CPU, may go below it. The floor of a training step counts its convolutions
+and linear layers. "Ours" is what runs where no backend is chosen; the others stand beside it. Only the causes
+of losses are written by hand (`bench/reasons.json`).
 """
 # What a figure shows, and of which suites.
 _CAPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {

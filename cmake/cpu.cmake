@@ -27,7 +27,7 @@ set_target_properties(_cpu PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${GHL_OUTPUT_DIR
 
 foreach(isa IN LISTS isas)
   add_library(kernels_${isa} OBJECT csrc/cpu/compete.cpp csrc/cpu/correlate.cpp csrc/cpu/epilogue.cpp
-                                     csrc/cpu/winograd.cpp)
+                                     csrc/cpu/outer.cpp csrc/cpu/winograd.cpp)
   target_link_libraries(kernels_${isa} PRIVATE ghl_options)
   target_compile_definitions(kernels_${isa} PRIVATE GHL_ISA=${isa})
   # Without exceptions OpenMP regions need no handler, whose table would be a weak symbol.

@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     is_sparse: bool  # A is summed from the winners alone
     keeps: str  # what backward needs beside x: "winners", "sums" or "u"
     is_pair: bool  # A and G are summed together, in backward
-    is_grad_ours: bool  # G is summed by an operation of ours where the pass asks for no bias gradient
+    is_grad_ours: bool  # G of float32 is summed by an operation of ours; not a convolution's with a bias
 
 
 def make_plan(
@@ -68,7 +68,8 @@ def make_plan(
     needs_grad = rule.gate == "sign"
     is_pair = needs_grad and keeps == "u" and not is_sparse and _dispatch.computes_pairs(weight.device.type)
     group_units = units // (1 if geometry is None else geometry.groups)
-    is_grad_ours = needs_grad and not is_pair and _dispatch.sums_grads(weight.device.type, kind, group_units)
+    has_kernel = _dispatch.sums_grads(weight.device.type, kind, group_units, weight.numel())
+    is_grad_ours = needs_grad and not is_pair and has_kernel
     return Plan(
         geometry, units, competition, rule.decay, needs_grad, at_step, is_sparse, keeps, is_pair, is_grad_ours
     )
@@ -100,6 +101,18 @@ def winner_sums(x: Tensor, unit: Tensor, activity: Tensor, plan: Plan) -> tuple[
     if plan.geometry is None:
         return torch.ops.ghl.linear_winner_sums(x, unit, activity, plan.units, plan.decay)
     return torch.ops.ghl.conv_winner_sums(x, unit, activity, plan.units, *plan.geometry, plan.decay)
+
+
+def linear_grad(x: Tensor, grad_u: Tensor, plan: Plan) -> Tensor:
+    """G (N, D), from rows x (P, D) and dL/du (P, N)."""
+    if _is_grad_ours(x, grad_u, plan):
+        return torch.ops.ghl.linear_grad(x, grad_u)
+    return grad_u.t().mm(x)
+
+
+def _is_grad_ours(x: Tensor, grad_u: Tensor, plan: Plan) -> bool:
+    """In 16 bits the library has instructions that our kernels do without."""
+    return plan.is_grad_ours and x.dtype == grad_u.dtype == torch.float32
 
 
 class LayerFunction(torch.autograd.Function):
@@ -189,13 +202,12 @@ def _layer_backward(
         if needs_x:
             grad_x = weight.t().mm(rows.t()).t() if ctx.column_major else rows.mm(weight)
             grad_x = grad_x.reshape(x.shape)
-        grad_weight = rows.t().mm(inputs) if plan.needs_grad and not plan.is_pair else None
+        grad_weight = linear_grad(inputs, rows, plan) if plan.needs_grad and not plan.is_pair else None
         if needs_bias:
             grad_bias = rows.sum(0) if ctx.flattened else grad_u.sum(tuple(range(x.dim() - 1)))
         return grad_x, grad_weight, grad_bias
     g = plan.geometry
-    # in 16 bits the library has instructions that our kernel does without
-    is_ours = plan.is_grad_ours and not needs_bias and x.dtype == grad_u.dtype == torch.float32
+    is_ours = _is_grad_ours(x, grad_u, plan) and not needs_bias
     # CPU libraries sum the bias gradient inside the weight pass: asking for it alone may change its bits
     on_cpu = grad_u.device.type == "cpu"
     needs_weight = (plan.needs_grad and not plan.is_pair and not is_ours) or (needs_bias and on_cpu)

@@ -139,6 +139,40 @@ def epilogue_workspace(
     workspace: int = 0,
     threads: int,
 ) -> int: ...
+def outer(
+    *,
+    rows: int,
+    units: int,
+    channels: int,
+    x: int = 0,
+    x_dtype: int = 0,
+    x_stride: int,  # from row to row
+    y: int = 0,
+    y_dtype: int = 0,
+    y_stride: int,
+    a: int = 0,
+    a_stride: int,
+    adds: bool = False,
+    workspace: int = 0,
+    threads: int,
+) -> None: ...
+def outer_workspace(
+    *,
+    rows: int,
+    units: int,
+    channels: int,
+    x: int = 0,
+    x_dtype: int = 0,
+    x_stride: int,
+    y: int = 0,
+    y_dtype: int = 0,
+    y_stride: int,
+    a: int = 0,
+    a_stride: int,
+    adds: bool = False,
+    workspace: int = 0,
+    threads: int,
+) -> int: ...
 def winograd(
     *,
     batch: int,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ghl_kernels import _processor
 from ghl_kernels._geometry import Geometry
 
 logger = logging.getLogger("ghl_kernels")
@@ -47,6 +48,11 @@ _CROSSOVER: dict[tuple[str, str], float] = {
 # Channels and units (of a group) from which on the CPU's Winograd kernel, whose vectors hold sixteen of them,
 # is faster than the library.
 LEAST_WINOGRAD = 8
+
+# Where torch's products are slow, the CPU's kernel sums those of rows: A, and G of float32 layers of so many
+# weights, on whose products the cost of one more operation does not show.
+HAS_SLOW_PRODUCTS = _processor.has_slow_products()
+_LEAST_WEIGHTS = 1 << 17
 
 # Lists of winners take 8 bytes a winner, a float u 4 bytes a unit: up to here the lists are 6% of u, and less
 # of all that a layer and what follows it keep for backward. With more winners A or u itself is kept.
@@ -103,14 +109,17 @@ def computes_pairs(device_type: str) -> bool:
     return device_type == "cuda" or _Choice.name in ("triton", "cuda")
 
 
-def sums_grads(device_type: str, kind: str, group_units: int) -> bool:
+def sums_grads(device_type: str, kind: str, group_units: int, weights: int) -> bool:
     """Whether G is summed by an operation of ours even where A is not due at the same time.
 
-    Only where the CPU's kernels do so with fewer multiplications. (An installation without them then takes
-    the library's weight gradient in a call of its own.)
+    Only where the CPU's kernels do so with fewer multiplications, or faster ones. (An installation without
+    them then takes the library's weight gradient in a call of its own.)
     """
-    has_kernel = device_type == "cpu" and kind == "winograd" and group_units >= LEAST_WINOGRAD
-    return has_kernel and _Choice.name in ("auto", "cpu")
+    if device_type != "cpu" or _Choice.name not in ("auto", "cpu"):
+        return False
+    if kind == "linear":
+        return HAS_SLOW_PRODUCTS and weights >= _LEAST_WEIGHTS
+    return kind == "winograd" and group_units >= LEAST_WINOGRAD
 
 
 def backends() -> list[BackendStatus]:

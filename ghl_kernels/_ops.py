@@ -278,6 +278,18 @@ def _(
     return A, moments, torch.empty_like(A)
 
 
+@_op("linear_grad(Tensor x, Tensor grad_u) -> Tensor")
+def _linear_grad(x: Tensor, grad_u: Tensor) -> Tensor:
+    _guard_linear(x, grad_u, 0)
+    return _dispatch.select(x.device, x.dtype).linear_grad(x, grad_u)
+
+
+@_fake("linear_grad")
+def _(x: Tensor, grad_u: Tensor) -> Tensor:
+    _guard_linear(x, grad_u, 0)
+    return x.new_empty((grad_u.shape[-1], x.shape[-1]), dtype=sum_dtype(x.dtype))
+
+
 @_op(f"conv_grad(Tensor x, Tensor grad_u, {_CONV}) -> Tensor")
 def _conv_grad(
     x: Tensor,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import ghl_kernels
-from ghl_kernels import _native
+from ghl_kernels import _native, _processor
 
 
 def collect() -> dict[str, Any]:
@@ -93,25 +92,14 @@ def _cuda_build() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    return _processor_fields().get("model name") or platform.processor() or platform.machine()
+    return _processor.fields().get("model name") or platform.processor() or platform.machine()
 
 
 def _cpu_model() -> str:
     """Tells generations apart that call themselves the same; "" where Linux on x86 does not say it."""
-    fields = _processor_fields()
-    return ", ".join(
-        f"{name} {fields[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in fields
-    )
-
-
-def _processor_fields() -> dict[str, str]:
-    """Linux's description of the first processor."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
+    fields = _processor.fields()
+    names = {"family": "cpu family", "model": "model"}
+    return ", ".join(f"{name} {fields[key]}" for name, key in names.items() if key in fields)
 
 
 def _usable_processors() -> int:

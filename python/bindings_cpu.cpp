@@ -2,6 +2,7 @@
 // arguments. No logic lives here; ghl_kernels/_cpu.pyi documents the signatures.
 #include "binding.h"
 #include "ghl/isa.h"
+#include "ghl/outer.h"
 #include "ghl/winograd.h"
 
 namespace py = pybind11;
@@ -111,6 +112,22 @@ ghl::EpilogueParams epilogue_params(int64_t units, int64_t channels, int64_t tap
   return params;
 }
 
+ghl::OuterParams outer_params(int64_t rows, int64_t units, int64_t channels, uintptr_t x, int x_dtype,
+                              int64_t x_stride, uintptr_t y, int y_dtype, int64_t y_stride, uintptr_t a,
+                              int64_t a_stride, bool adds, uintptr_t workspace) {
+  ghl::OuterParams params;
+  params.rows = rows;
+  params.units = units;
+  params.channels = channels;
+  params.x = {pointer<const void>(x), dtype("x_dtype", x_dtype), x_stride};
+  params.y = {pointer<const void>(y), dtype("y_dtype", y_dtype), y_stride};
+  params.a = pointer<float>(a);
+  params.a_stride = a_stride;
+  params.adds = adds;
+  params.workspace = pointer<void>(workspace);
+  return params;
+}
+
 ghl::WinogradParams winograd_params(int64_t batch, int64_t channels, int64_t units, int64_t groups,
                                     const Pair& in_size, const Pair& padding, uintptr_t x, int x_dtype,
                                     const Triple& x_layout, uintptr_t y, int y_dtype, const Triple& y_layout,
@@ -173,6 +190,17 @@ void define_epilogue(py::module_& module) {
   define_as("epilogue_workspace", ghl::epilogue_cpu_workspace);
 }
 
+void define_outer(py::module_& module) {
+  const auto define_as = [&](const char* name, auto call) {
+    define(module, name, outer_params, call, "rows"_a, "units"_a, "channels"_a, "x"_a = 0, "x_dtype"_a = 0,
+           "x_stride"_a, "y"_a = 0, "y_dtype"_a = 0, "y_stride"_a, "a"_a = 0, "a_stride"_a, "adds"_a = false,
+           "workspace"_a = 0);
+  };
+  define_as("outer",
+            [](const ghl::OuterParams& params, int threads) { run(ghl::outer_cpu, params, threads); });
+  define_as("outer_workspace", ghl::outer_cpu_workspace);
+}
+
 void define_winograd(py::module_& module) {
   const auto define_as = [&](const char* name, auto call) {
     define(module, name, winograd_params, call, "batch"_a, "channels"_a, "units"_a, "groups"_a = 1,
@@ -224,6 +252,7 @@ PYBIND11_MODULE(_cpu, module) {
              "cut"_a = 0, "winner_unit"_a = 0, "winner_activity"_a = 0, "threads"_a);
   define_correlate(module);
   define_epilogue(module);
+  define_outer(module);
   define_winograd(module);
   module.def("detected_isa", [] { return ghl::isa_name(ghl::detected_isa()); });
   module.def("selected_isa", [] { return ghl::isa_name(ghl::selected_isa()); });

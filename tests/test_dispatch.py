@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import ghl_kernels as ghl
-from ghl_kernels import _dispatch, _native
+from ghl_kernels import HebbianRule, _dispatch, _native, _processor
+from ghl_kernels._autograd import make_plan
 from ghl_kernels._geometry import make_geometry
 from ghl_kernels.backends import cpu, eager
 
@@ -229,6 +230,43 @@ def test_environment_with_an_unknown_name_is_an_error_at_first_use() -> None:
     )
     assert run.returncode != 0
     assert "ValueError: unknown backend 'gpu'; there are 'auto', 'eager', 'cpu'" in run.stderr
+
+
+# --- whose product makes G ----------------------------------------------------------------------
+
+
+def is_grad_ours(layer: torch.nn.Module) -> bool:
+    return make_plan(None, layer.weight, layer.rule).is_grad_ours
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_kernel_of_rows_is_for_slow_products(monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
+    monkeypatch.setattr(_dispatch, "HAS_SLOW_PRODUCTS", slow)
+    assert is_grad_ours(ghl.GHLLinear(512, 512)) == slow
+    assert not is_grad_ours(ghl.GHLLinear(64, 64))
+    assert not is_grad_ours(ghl.GHLLinear(512, 512, rule=HebbianRule.softhebb()))  # has no gate
+    with ghl.use_backend("eager"):
+        assert not is_grad_ours(ghl.GHLLinear(512, 512))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "mkl", "slow"),
+    [
+        ("AuthenticAMD", "AVX512", True, True),
+        ("AuthenticAMD", "AVX512_VNNI", True, True),
+        ("AuthenticAMD", "AVX2", True, False),
+        ("AuthenticAMD", "AVX512", False, False),
+        ("GenuineIntel", "AVX512", True, False),
+        (None, "AVX512", True, False),
+    ],
+)
+def test_where_products_are_slow(
+    monkeypatch: pytest.MonkeyPatch, vendor: str | None, capability: str, mkl: bool, slow: bool
+) -> None:
+    monkeypatch.setattr(_processor, "fields", lambda: {"vendor_id": vendor} if vendor else {})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert _processor.has_slow_products() == slow
 
 
 # --- sparse or dense ----------------------------------------------------------------------------

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import io
 import itertools
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from strategies import LayerCase, crossover, layer_cases
 from torch import Tensor, nn
 
 import ghl_kernels as ghl
-from ghl_kernels import HebbianRule, functional, reference
+from ghl_kernels import HebbianRule, _dispatch, functional, reference
 from ghl_kernels.backends import eager
 
 pytestmark = [
@@ -176,6 +178,33 @@ def test_the_short_form_of_g_is_for_layers_without_a_bias_gradient(
         with ghl.use_backend(backend_):
             layer(torch.randn(2, 16, 9, 9)).sum().backward()
         assert bool(calls) == expected
+
+
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("sums_at", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+def test_linear_with_the_kernel_of_rows_and_without(
+    monkeypatch: pytest.MonkeyPatch, slow: bool, sums_at: str, dtype: torch.dtype, layout: str
+) -> None:
+    monkeypatch.setattr(_dispatch, "HAS_SLOW_PRODUCTS", slow)
+    layer = ghl.GHLLinear(384, 360, sums_at=sums_at, dtype=dtype)
+    x, grad_u = torch.randn(70, 384).to(dtype), torch.randn(70, 360).to(dtype)
+    if layout == "transposed":
+        x, grad_u = x.t().contiguous().t(), grad_u.t().contiguous().t()
+    elif layout == "expanded":
+        grad_u = grad_u[:1].expand(70, -1)
+    run(layer, x, grad_u)
+    assert_weight_grad(layer, x, layer(x).detach(), grad_u, layer.rule, dtype)
+
+
+def test_16_bit_sums_in_blocks_with_the_kernel_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "HAS_SLOW_PRODUCTS", True)
+    x, u = torch.randn(500, 100).bfloat16(), torch.randn(500, 80).bfloat16()
+    whole = torch.ops.ghl.linear_sums(x, u, "softmax", 0, 1.0, True, "oja")
+    monkeypatch.setattr(eager, "_BLOCK_BYTES", 4 * 180 * 137)
+    in_blocks = torch.ops.ghl.linear_sums(x, u, "softmax", 0, 1.0, True, "oja")
+    torch.testing.assert_close(in_blocks, whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.broad
@@ -421,6 +450,24 @@ def test_learn_refuses_a_learning_rate(backend: str, lr: float) -> None:
         ours.learn_(x, lr)
 
 
+@pytest.mark.parametrize("lr", ["0.1", None, [0.1], 1j])
+def test_learning_rate_that_is_no_number(backend: str, lr: Any) -> None:
+    _, ours, x = make("Linear")
+    with pytest.raises(TypeError, match=re.escape(f"lr must be a real number, got {lr!r}")):
+        ours.learn_(x, lr)
+
+
+def test_learn_is_an_update_whatever_the_state_of_the_layer(backend: str) -> None:
+    _, ours, x = make("Linear")
+    twin = copy.deepcopy(ours).eval()
+    twin.weight.requires_grad_(False)
+    ours.learn_(x, 0.1)
+    before = twin.weight.clone()
+    twin.learn_(x, 0.1)
+    assert not torch.equal(twin.weight, before)
+    assert torch.equal(twin.weight, ours.weight)
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 
@@ -450,8 +497,17 @@ def test_bad_input(backend: str, kind: str, method: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_dtypes_need_autocast(backend: str, kind: str) -> None:
     _, ours, x = make(kind)
-    with pytest.raises(TypeError, match=r"weight's dtype torch.float32 outside autocast, got torch.float64"):
-        ours(x.double())
+    message = r"weight's dtype torch.float32 outside autocast, got torch.float64"
+    before = ours.weight.clone()
+    for call in (ours, lambda x: ours.learn_(x, 0.1)):
+        with pytest.raises(TypeError, match=message):
+            call(x.double())
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=message):
+            call(x.double())  # which autocast leaves alone
+    assert torch.equal(ours.weight, before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours.learn_(x.bfloat16(), 0.1).dtype == torch.bfloat16
+    assert not torch.equal(ours.weight, before)
 
 
 @pytest.mark.parametrize(
@@ -499,6 +555,28 @@ def test_positional_arguments_are_those_of_torch() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_signature_is_that_of_torch_and_the_options(kind: str) -> None:
+    theirs, ours = (
+        inspect.signature(owner).parameters for owner in (getattr(nn, kind), getattr(ghl, f"GHL{kind}"))
+    )
+    options = {"rule": None, "gate_at": "backward", "sums_at": "forward"}
+    assert list(ours) == [*theirs, *options]
+    for name, parameter in theirs.items():
+        assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default)
+    for name, default in options.items():
+        assert (ours[name].kind, ours[name].default) == (inspect.Parameter.KEYWORD_ONLY, default)
+    call = inspect.signature(make(kind)[1])
+    assert "rule" not in call.parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ghl_layers_are_found_by_their_base(kind: str) -> None:
+    plain, ours, _ = make(kind)
+    assert isinstance(ours, ghl.GHLLayer)
+    assert not isinstance(plain, ghl.GHLLayer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
 def test_copies(kind: str, how: str) -> None:
     _, ours, x = make(kind, HebbianRule.kwta(2), sums_at="backward")
@@ -524,7 +602,8 @@ def test_repr_shows_the_rule(kind: str) -> None:
     plain, ours, _ = make(kind, HebbianRule.kwta(2), gate_at="step", sums_at="backward")
     rule = "rule=HebbianRule(activity='linear', winners=2)"
     assert repr(ours) == f"GHL{repr(plain)[:-1]}, {rule}, gate_at='step', sums_at='backward')"
-    assert repr(make(kind)[1]) == f"GHL{repr(plain)[:-1]}, rule=HebbianRule())"
+    rule = "rule=HebbianRule(activity='softmax', winners=None)"
+    assert repr(make(kind)[1]) == f"GHL{repr(plain)[:-1]}, {rule})"
 
 
 def test_default_rule_is_ghl() -> None:

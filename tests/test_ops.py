@@ -84,6 +84,12 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     if name.endswith("_pair"):
         sums = samples(name.removesuffix("_pair") + "_sums", dtype)
         return [(x, u, torch.randn_like(u), *rest) for x, u, *rest in sums]
+    if name == "linear_grad":
+        inputs = samples("linear_sums", dtype) + [
+            (draw(300, 48), draw(300, 40)),
+            (draw(48, 300).t(), draw(300, 40)),
+        ]
+        return [(x, torch.randn_like(u)) for x, u, *_ in inputs]
     if name == "conv_grad":
         wide, padding = (draw(3, 16, 9, 8), draw(3, 20, 9, 6)), ((3, 3), (1, 1), (1, 0), (1, 1))
         inputs = [
@@ -153,6 +159,7 @@ NAMES = (
     "conv_winner_sums",
     "linear_pair",
     "conv_pair",
+    "linear_grad",
     "conv_grad",
     "delta",
     "gate_",

@@ -12,6 +12,7 @@
 #include "ghl/compete.h"
 #include "ghl/correlate.h"
 #include "ghl/epilogue.h"
+#include "ghl/outer.h"
 #include "ghl/winograd.h"
 
 // Parameters arrive checked and nothing is empty. Workspaces are 64-byte aligned and of the size asked for.
@@ -23,6 +24,8 @@
   void correlate(const CorrelateParams& params, int threads);              \
   int64_t epilogue_workspace(const EpilogueParams& params, int threads);   \
   void epilogue(const EpilogueParams& params, int threads);                \
+  int64_t outer_workspace(const OuterParams& params, int threads);         \
+  void outer(const OuterParams& params, int threads);                      \
   int64_t winograd_workspace(const WinogradParams& params, int threads);   \
   void winograd(const WinogradParams& params, int threads);                \
   }

@@ -32,6 +32,7 @@ void run_compete(const CompeteParams& params, void* workspace, int threads) {
 }
 void run_correlate(const CorrelateParams& params, int threads) { GHL_DISPATCH(correlate(params, threads)); }
 void run_epilogue(const EpilogueParams& params, int threads) { GHL_DISPATCH(epilogue(params, threads)); }
+void run_outer(const OuterParams& params, int threads) { GHL_DISPATCH(outer(params, threads)); }
 void run_winograd(const WinogradParams& params, int threads) { GHL_DISPATCH(winograd(params, threads)); }
 
 int64_t size_compete(const CompeteParams& params, int threads) {
@@ -43,6 +44,7 @@ int64_t size_correlate(const CorrelateParams& params, int threads) {
 int64_t size_epilogue(const EpilogueParams& params, int threads) {
   GHL_DISPATCH(epilogue_workspace(params, threads));
 }
+int64_t size_outer(const OuterParams& params, int threads) { GHL_DISPATCH(outer_workspace(params, threads)); }
 int64_t size_winograd(const WinogradParams& params, int threads) {
   GHL_DISPATCH(winograd_workspace(params, threads));
 }
@@ -152,6 +154,25 @@ Problem check_memory(const EpilogueParams& p, int threads) {
   return {};
 }
 
+bool empty(const OuterParams& p) { return p.units == 0 || p.channels == 0; }
+
+Problem check_sizes(const OuterParams& p, int threads) {
+  if (threads < 1) return "threads must be at least 1";
+  if (p.rows < 1 || p.channels < 0 || p.units < 0) return "there must be a row, and no size be negative";
+  return {};
+}
+
+Problem check_memory(const OuterParams& p) {
+  if (p.x.data == nullptr || p.y.data == nullptr || p.a == nullptr) return "a tensor is null";
+  if (!aligned(p.x.data, p.x.dtype) || !aligned(p.y.data, p.y.dtype) || !aligned(p.a, 4)) {
+    return "a tensor is not aligned to its elements";
+  }
+  if (p.workspace == nullptr || !aligned(p.workspace, 64)) {
+    return "the workspace is null or not aligned to 64 bytes";
+  }
+  return {};
+}
+
 bool empty(const WinogradParams& p) { return p.units == 0 || p.channels == 0; }
 
 Problem check_sizes(const WinogradParams& p, int threads) {
@@ -225,6 +246,20 @@ Status epilogue_cpu(const EpilogueParams& params, int threads) {
   if (const Problem problem = check_memory(params, threads); !problem.empty())
     return failure("epilogue", problem);
   run_epilogue(params, threads);
+  return {};
+}
+
+int64_t outer_cpu_workspace(const OuterParams& params, int threads) {
+  if (!check_sizes(params, threads).empty() || empty(params)) return 0;
+  return size_outer(params, threads);
+}
+
+Status outer_cpu(const OuterParams& params, int threads) {
+  if (const Problem problem = check_sizes(params, threads); !problem.empty())
+    return failure("outer", problem);
+  if (empty(params)) return {};
+  if (const Problem problem = check_memory(params); !problem.empty()) return failure("outer", problem);
+  run_outer(params, threads);
   return {};
 }
 

@@ -7,18 +7,14 @@
 //   2. For each of the 16 components, M += U^T V: a matrix product over the tiles.
 //   3. A = C M C^T with C m = (m0 + s, (m1 - m2) / 2, m3 + s), s = (m1 + m2) / 2.
 //   4. The error of a tap is in proportion to the products of its neighbors, too. One that is small beside
-//   them
-//      is summed again by the definition, so that its sign, which gates a weight, is that of its own
+//      them is summed again by the definition, so that its sign, which gates a weight, is that of its own
 //      products.
-//
-// A task is a block of units by a block of channels, which one thread sums over all tiles in chunks, or,
-// where units and channels are few, over one of several parts of them. So the workspace does not grow with
-// the batch, and the order of the sums does not depend on the number of threads.
 #include "ghl/winograd.h"
 
 #include <limits>
 
 #include "cpu/arena.h"
+#include "cpu/blocks.h"
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 #include "cpu/sizes.h"
@@ -38,74 +34,25 @@ constexpr float kDoubtful = 64 * std::numeric_limits<float>::epsilon();
 // cache.
 constexpr int64_t kDepth = 64;
 
-// Groups (of sixteen units or channels) of a block at most: for one component, U, V and M of a task then
-// stay in the second-level cache.
-constexpr int64_t kBlockGroups = 8;
-
-// Tasks per thread that blocks are halved for, down to a size below which the transforms, which each of them
-// repeats, cost too much.
-constexpr int64_t kTasksPerThread = 2;
-constexpr int64_t kLeastHalved = 4;
-
-// The tiles are divided into so many parts that parts times squares (sixteen units by sixteen channels) are
-// this many at most: tasks for the threads where units and channels make few, and 1 MiB of sums.
+// What parts make at most (blocks.h): 1 MiB of sums.
 constexpr int64_t kSquares = 64;
-
-// Accumulators of the inner loop: so many rows (units) of two registers.
-#if defined(__AVX512F__)
-constexpr int kRows = 8;
-#elif defined(__AVX2__)
-constexpr int kRows = 6;
-#else
-constexpr int kRows = 4;
-#endif
 
 // The distance between components would often be a whole number of pages, and is one line more: sixteen
 // streams that shared a set of the cache would evict each other.
 constexpr int64_t kSkew = 16;
 
-struct Plan {
-  int64_t group_units;  // of a group of the convolution
-  int64_t group_channels;
-  int64_t unit_lanes;  // in groups of sixteen
-  int64_t channel_lanes;
-  int64_t block_units;  // of a task, in groups of sixteen
-  int64_t block_channels;
-  int64_t unit_blocks;
-  int64_t channel_blocks;
-  int64_t blocks;  // of all groups of the convolution
-  int64_t parts;   // of the chunks, the same number for any number of threads
-
+// The rows of blocks.h are tiles here.
+struct Plan : Blocks {
   int64_t rows_of_tiles;  // of an image
   int64_t pieces;         // that a row of tiles is cut into
   int64_t piece;          // tiles of a piece
   int64_t strips;         // pieces of the whole batch
   int64_t chunk_strips;   // of a chunk
-  int64_t chunks;
-  int64_t depth;  // tiles of a chunk at most
 
   int64_t u_component;  // strides in floats
   int64_t v_component;
-  int64_t m_component;
-  int64_t lanes_stride;  // from one group of sixteen to the next, in u and in v
-  int64_t window;        // floats of the padded copy that tiles are cut from
+  int64_t window;  // floats of the padded copy that tiles are cut from
 };
-
-void choose_blocks(Plan* plan, int64_t groups, int threads) {
-  const auto split = [](int64_t lanes, int64_t block) { return ceil_div(lanes, ceil_div(lanes, block)); };
-  plan->block_units = split(plan->unit_lanes, kBlockGroups);
-  plan->block_channels = split(plan->channel_lanes, kBlockGroups);
-  while (true) {
-    plan->unit_blocks = ceil_div(plan->unit_lanes, plan->block_units);
-    plan->channel_blocks = ceil_div(plan->channel_lanes, plan->block_channels);
-    plan->blocks = groups * plan->unit_blocks * plan->channel_blocks;
-    int64_t* const larger =
-        plan->block_units >= plan->block_channels ? &plan->block_units : &plan->block_channels;
-    const bool enough = plan->blocks * plan->parts >= kTasksPerThread * threads;
-    if (threads == 1 || enough || *larger < kLeastHalved) return;
-    *larger = ceil_div(*larger, 2);
-  }
-}
 
 void choose_chunks(const WinogradParams& params, Plan* plan) {
   const int64_t row = ceil_div(params.out_size(1), 2);
@@ -122,18 +69,12 @@ void choose_chunks(const WinogradParams& params, Plan* plan) {
 
 Plan make_plan(const WinogradParams& params, int threads) {
   Plan plan{};
-  plan.group_units = params.units / params.groups;
-  plan.group_channels = params.channels / params.groups;
-  plan.unit_lanes = ceil_div(plan.group_units, kLanes);
-  plan.channel_lanes = ceil_div(plan.group_channels, kLanes);
+  plan.components = kComponents;
+  plan.skew = kSkew;
   choose_chunks(params, &plan);
-  const int64_t squares = params.groups * plan.unit_lanes * plan.channel_lanes;
-  plan.parts = max(1, min(kSquares / squares, plan.chunks));
-  choose_blocks(&plan, params.groups, threads);
-  plan.lanes_stride = plan.depth * kLanes;
-  plan.u_component = plan.block_units * plan.lanes_stride + kSkew;
-  plan.v_component = plan.block_channels * plan.lanes_stride + kSkew;
-  plan.m_component = plan.block_units * plan.block_channels * kLanes * kLanes + kSkew;
+  choose_blocks(params.units, params.channels, params.groups, kSquares, threads, &plan);
+  plan.u_component = plan.block_units * plan.lanes_stride() + kSkew;
+  plan.v_component = plan.block_channels * plan.lanes_stride() + kSkew;
   return plan;
 }
 
@@ -156,13 +97,6 @@ int64_t bytes_of_thread(const Plan& plan) {
   Arena arena(nullptr);
   carve(plan, &arena);
   return arena.used();
-}
-
-// [16 components, groups of units, groups of channels, 16 units, 16 channels]: one for each part of each
-// block where there are parts, which are summed at the end, otherwise one for each thread.
-int64_t sums_floats(const Plan& plan) { return kComponents * plan.m_component; }
-int64_t sums_count(const Plan& plan, int threads) {
-  return plan.parts > 1 ? plan.blocks * plan.parts : threads;
 }
 
 // ---- Tiles ----
@@ -286,7 +220,7 @@ int64_t transform_chunk(const Operand& operand, const Plan& plan, int64_t first_
   for (int64_t strip = first_strip; strip < end_strip;) {
     const Segment segment = next_segment(plan, end_strip, &strip, &tile);
     float* group = out;
-    for (int64_t first = begin; first < end; first += kLanes, group += plan.lanes_stride) {
+    for (int64_t first = begin; first < end; first += kLanes, group += plan.lanes_stride()) {
       const int count = static_cast<int>(min(kLanes, end - first));
       if (operand.dtype == DType::bf16) {
         transform_segment<Side, BFloat16>(operand, plan, segment, first, count, window, group, component);
@@ -296,72 +230,6 @@ int64_t transform_chunk(const Operand& operand, const Plan& plan, int64_t first_
     }
   }
   return tile;
-}
-
-// ---- Products ----
-
-// rows (units) by registers (of channels) of M: m (+)= sum over the tiles of u[tile, row] * v[tile].
-template <int rows, int registers>
-GHL_INLINE void multiply(const float* u, const float* const* v, int64_t tiles, bool begins, float* const* m,
-                         int first_row) {
-  PartF sum[rows][registers] = {};
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    PartF inputs[registers];
-#pragma GCC unroll 2
-    for (int i = 0; i < registers; ++i) inputs[i] = load_part(v[i] + tile * kLanes);
-#pragma GCC unroll 8
-    for (int row = 0; row < rows; ++row) {
-#pragma GCC unroll 2
-      for (int i = 0; i < registers; ++i) sum[row][i] += u[tile * kLanes + first_row + row] * inputs[i];
-    }
-  }
-#pragma GCC unroll 8
-  for (int row = 0; row < rows; ++row) {
-#pragma GCC unroll 2
-    for (int i = 0; i < registers; ++i) {
-      float* const to = m[i] + (first_row + row) * kLanes;
-      store_part(to, begins ? sum[row][i] : sum[row][i] + load_part(to));
-    }
-  }
-}
-
-// The sixteen units of a group.
-template <int registers>
-GHL_INLINE void multiply_group(const float* u, const float* const* v, int64_t tiles, bool begins,
-                               float* const* m) {
-  constexpr int kRest = kLanes % kRows;
-  for (int row = 0; row + kRows <= kLanes; row += kRows) {
-    multiply<kRows, registers>(u, v, tiles, begins, m, row);
-  }
-  if constexpr (kRest != 0) multiply<kRest, registers>(u, v, tiles, begins, m, kLanes - kRest);
-}
-
-// Every group of units with the registers of channels from one on.
-template <int registers>
-void multiply_registers(const float* u, const float* v, const Plan& plan, int64_t unit_groups, int64_t first,
-                        int64_t tiles, bool begins, float* m) {
-  const float* inputs[registers];
-  float* sums[registers];
-  for (int i = 0; i < registers; ++i) {
-    const int64_t group = (first + i) / kParts;
-    const int64_t lane = (first + i) % kParts * kWidth;
-    inputs[i] = v + group * plan.lanes_stride + lane;
-    sums[i] = m + group * kLanes * kLanes + lane;
-  }
-  for (int64_t i = 0; i < unit_groups; ++i, u += plan.lanes_stride) {
-    multiply_group<registers>(u, inputs, tiles, begins, sums);
-    for (float*& sum : sums) sum += plan.block_channels * kLanes * kLanes;
-  }
-}
-
-void multiply_component(const float* u, const float* v, const Plan& plan, int64_t unit_groups,
-                        int64_t channel_groups, int64_t tiles, bool begins, float* m) {
-  const int64_t registers = channel_groups * kParts;
-  int64_t first = 0;
-  for (; first + 2 <= registers; first += 2) {
-    multiply_registers<2>(u, v, plan, unit_groups, first, tiles, begins, m);
-  }
-  if (first < registers) multiply_registers<1>(u, v, plan, unit_groups, first, tiles, begins, m);
 }
 
 // ---- A ----
@@ -425,13 +293,6 @@ float sum_tap(const WinogradParams& params, const Tap& tap) {
   return x_is_bf16 ? sum_tap<BFloat16, float>(params, tap) : sum_tap<float, float>(params, tap);
 }
 
-// A component of all parts.
-GHL_INLINE Floats sum_parts(const float* m, const Plan& plan) {
-  Floats sum = load(m);
-  for (int64_t part = 1; part < plan.parts; ++part) sum += load(m + part * sums_floats(plan));
-  return sum;
-}
-
 // The nine taps of one unit and sixteen channels: from channel on, of which count exist.
 void put_taps(const WinogradParams& params, const Plan& plan, const float* m, int64_t unit, int64_t channel,
               int count, float* a) {
@@ -440,8 +301,8 @@ void put_taps(const WinogradParams& params, const Plan& plan, const float* m, in
   for (int i = 0; i < 4; ++i) {
     Floats components[4];
     for (Floats& component : components) {
-      component = sum_parts(m, plan);
-      m += plan.m_component;
+      component = sum_parts(plan, m);
+      m += plan.component();
     }
     rows[i] = transform_back(components);
     bounds[i] = bound_back(components);
@@ -474,28 +335,6 @@ void put_taps(const WinogradParams& params, const Plan& plan, const float* m, in
 
 // ---- Blocks ----
 
-struct Block {
-  int64_t unit;  // of all
-  int64_t unit_end;
-  int64_t channel;  // of all
-  int64_t channel_end;
-  int64_t first_channel;  // of the group of the convolution
-};
-
-Block find_block(const Plan& plan, int64_t index) {
-  const int64_t channel = index % plan.channel_blocks * plan.block_channels * kLanes;
-  const int64_t unit = index / plan.channel_blocks % plan.unit_blocks * plan.block_units * kLanes;
-  const int64_t group = index / plan.channel_blocks / plan.unit_blocks;
-  const int64_t first_unit = group * plan.group_units;
-  Block block{};
-  block.first_channel = group * plan.group_channels;
-  block.channel = block.first_channel + channel;
-  block.channel_end = block.first_channel + min(channel + plan.block_channels * kLanes, plan.group_channels);
-  block.unit = first_unit + unit;
-  block.unit_end = first_unit + min(unit + plan.block_units * kLanes, plan.group_units);
-  return block;
-}
-
 // M of the block's tiles in chunks [chunk, chunk_end).
 void sum_chunks(const WinogradParams& params, const Plan& plan, const Block& block, int64_t chunk,
                 int64_t chunk_end, const Workspace& ws, float* m) {
@@ -506,16 +345,14 @@ void sum_chunks(const WinogradParams& params, const Plan& plan, const Block& blo
                   {params.padding[0], params.padding[1]}};
   const Operand y{
       params.y, params.y_dtype, params.y_layout, {params.out_size(0), params.out_size(1)}, {0, 0}};
-  const int64_t unit_groups = ceil_div(block.unit_end - block.unit, kLanes);
-  const int64_t channel_groups = ceil_div(block.channel_end - block.channel, kLanes);
   for (int64_t i = chunk; i < chunk_end; ++i) {
     const int64_t strip = i * plan.chunk_strips;
     transform_chunk<OfX>(x, plan, strip, block.channel, block.channel_end, ws.window, ws.v, plan.v_component);
     const int64_t tiles =
         transform_chunk<OfY>(y, plan, strip, block.unit, block.unit_end, ws.window, ws.u, plan.u_component);
     for (int component = 0; component < kComponents; ++component) {
-      multiply_component(ws.u + component * plan.u_component, ws.v + component * plan.v_component, plan,
-                         unit_groups, channel_groups, tiles, i == chunk, m + component * plan.m_component);
+      multiply_block(ws.u + component * plan.u_component, ws.v + component * plan.v_component, plan, block,
+                     tiles, i == chunk, m + component * plan.component());
     }
   }
 }
@@ -537,41 +374,21 @@ void put_unit(const WinogradParams& params, const Plan& plan, const Block& block
 
 int64_t winograd_workspace(const WinogradParams& params, int threads) {
   const Plan plan = make_plan(params, threads);
-  const int64_t sums = sums_count(plan, threads) * sums_floats(plan) * static_cast<int64_t>(sizeof(float));
-  return threads * bytes_of_thread(plan) + sums;
+  return threads * bytes_of_thread(plan) + sums_bytes(plan, threads);
 }
 
 void winograd(const WinogradParams& params, int threads) {
   const Plan plan = make_plan(params, threads);
-  const int64_t tasks = plan.blocks * plan.parts;
   const int64_t bytes = bytes_of_thread(plan);
   char* const workspace = static_cast<char*>(params.workspace);
-  float* const sums = reinterpret_cast<float*>(workspace + threads * bytes);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t worker = 0; worker < threads; ++worker) {
+  const auto sum = [&](int64_t worker, const Block& block, int64_t chunk, int64_t chunk_end, float* m) {
     Arena arena(workspace + worker * bytes);
-    const Workspace ws = carve(plan, &arena);
-    for (int64_t i = tasks * worker / threads; i < tasks * (worker + 1) / threads; ++i) {
-      const Block block = find_block(plan, i / plan.parts);
-      const int64_t part = i % plan.parts;
-      float* const m = sums + (plan.parts > 1 ? i : worker) * sums_floats(plan);
-      sum_chunks(params, plan, block, plan.chunks * part / plan.parts, plan.chunks * (part + 1) / plan.parts,
-                 ws, m);
-      if (plan.parts > 1) continue;
-      for (int64_t row = 0; row < block.unit_end - block.unit; ++row) {
-        put_unit(params, plan, block, row, m);
-      }
-    }
-  }
-  if (plan.parts == 1) return;
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < plan.blocks; ++i) {
-    for (int64_t row = 0; row < plan.block_units * kLanes; ++row) {
-      const Block block = find_block(plan, i);
-      if (row >= block.unit_end - block.unit) continue;
-      put_unit(params, plan, block, row, sums + i * plan.parts * sums_floats(plan));
-    }
-  }
+    sum_chunks(params, plan, block, chunk, chunk_end, carve(plan, &arena), m);
+  };
+  const auto put = [&](const Block& block, int64_t row, const float* m) {
+    put_unit(params, plan, block, row, m);
+  };
+  run_blocks(plan, reinterpret_cast<float*>(workspace + threads * bytes), threads, sum, put);
 }
 
 }  // namespace ghl::GHL_ISA

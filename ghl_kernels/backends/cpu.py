@@ -1,8 +1,8 @@
 """The operations on the native CPU kernels: float32 and bfloat16 in, float32 sums.
 
-A dense A is a weight gradient of activities that the native kernel computes: of 3 x 3 convolutions by a
-kernel too, otherwise torch's own. Everything else runs in csrc/cpu. Tensors that a kernel reads are bound to
-names until it returns.
+A dense A is a weight gradient of activities that the native kernel computes: of 3 x 3 convolutions, and of
+linear layers where torch's products are slow, by a kernel too, otherwise torch's own. Everything else runs in
+csrc/cpu. Tensors that a kernel reads are bound to names until it returns.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl_kernels import _native
-from ghl_kernels._dispatch import LEAST_WINOGRAD
+from ghl_kernels import _dispatch, _native
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
 from ghl_kernels.rule import Competition
@@ -30,6 +29,9 @@ _GATE, _DELTA, _LEARN = 0, 1, 2
 # Decided here and not by _dispatch.prefers_sparse, which must not depend on the batch.
 _FEW_ROWS = 256
 _FEW_ROWS_CROSSOVER = 0.02
+
+# Of fewer, the call of our kernel takes longer than torch's product.
+_LEAST_PRODUCTS = 1 << 19
 
 # With fewer, what the Winograd kernel does once for each weight shows beside its sums over positions.
 _LEAST_WINOGRAD_POSITIONS = 64
@@ -80,7 +82,7 @@ def winners(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tens
 
 def linear_sums(x: Tensor, u: Tensor, competition: Competition, decay: str) -> tuple[Tensor, Tensor]:
     """A (N, D) and the moments of y, from x (..., D) and u (..., N)."""
-    return eager.linear_sums(x, u, competition, decay, _float_activities)
+    return eager.linear_sums(x, u, competition, decay, _float_activities, _add_outer)
 
 
 def conv_sums(
@@ -94,7 +96,12 @@ def linear_pair(
     x: Tensor, u: Tensor, grad_u: Tensor, competition: Competition, decay: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A (N, D), the moments of y and G (N, D), from x (..., D), u and dL/du (..., N)."""
-    return eager.linear_pair(x, u, grad_u, competition, decay, _float_activities)
+    return eager.linear_pair(x, u, grad_u, competition, decay, _float_activities, _add_outer)
+
+
+def linear_grad(x: Tensor, grad_u: Tensor) -> Tensor:
+    """G (N, D), of A's dtype, from x (..., D) and dL/du (..., N)."""
+    return eager.linear_grad(x, grad_u, _add_outer)
 
 
 def conv_pair(
@@ -208,6 +215,41 @@ def _run_competition(u: Tensor, dim: int, competition: Competition, outputs: Map
     )
 
 
+def _add_outer(A: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+    """sum_p y_p x_p^T (N, D), from x (P, D) and y (P, N), in float32; added to A where there is one."""
+    rows, units, channels = x.shape[0], y.shape[1], x.shape[1]
+    suits = y.dtype == torch.float32 and rows * units * channels >= _LEAST_PRODUCTS
+    if not (suits and _dispatch.HAS_SLOW_PRODUCTS):
+        return eager.add_outer(A, x, y)
+    native = _native.load_cpu()
+    x, y = _with_adjacent_columns(x), _with_adjacent_columns(y)
+    adds = A is not None
+    if A is None:
+        A = x.new_empty((units, channels), dtype=torch.float32)
+    arguments = {
+        "rows": rows,
+        "units": units,
+        "channels": channels,
+        "x": x.data_ptr(),
+        "x_dtype": _DTYPE[x.dtype],
+        "x_stride": x.stride(0),
+        "y": y.data_ptr(),
+        "y_dtype": _DTYPE[y.dtype],
+        "y_stride": y.stride(0),
+        "a": A.data_ptr(),
+        "a_stride": channels,
+        "adds": adds,
+        "threads": torch.get_num_threads(),
+    }
+    workspace = torch.empty(native.outer_workspace(**arguments), dtype=torch.uint8)
+    native.outer(**arguments, workspace=workspace.data_ptr())
+    return A
+
+
+def _with_adjacent_columns(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
 def _conv_correlate(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
     """sum_p y_p x_p^T (N, C / groups, *kernel_size) in float32; contiguous."""
     if _suits_winograd(x, y, geometry):
@@ -219,7 +261,7 @@ def _suits_winograd(x: Tensor, y: Tensor, geometry: Geometry) -> bool:
     if not geometry.has_short_form or x.numel() == 0 or y.numel() == 0:
         return False
     narrowest = min(x.shape[1], y.shape[1]) // geometry.groups
-    return narrowest >= LEAST_WINOGRAD and y.numel() // y.shape[1] >= _LEAST_WINOGRAD_POSITIONS
+    return narrowest >= _dispatch.LEAST_WINOGRAD and y.numel() // y.shape[1] >= _LEAST_WINOGRAD_POSITIONS
 
 
 def _winograd(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:

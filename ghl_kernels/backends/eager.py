@@ -17,6 +17,7 @@ from ghl_kernels._geometry import Geometry
 from ghl_kernels.rule import Competition
 
 Activities = Callable[[Tensor, int, Competition], Tensor]
+Outer = Callable[[Tensor | None, Tensor, Tensor], Tensor]
 Correlate = Callable[[Tensor, Tensor, tuple[int, ...], Geometry], Tensor]
 
 EPS = 1e-30
@@ -73,18 +74,26 @@ def winners(u: Tensor, dim: int, competition: Competition) -> tuple[Tensor, Tens
 
 
 def linear_sums(
-    x: Tensor, u: Tensor, competition: Competition, decay: str, activities: Activities | None = None
+    x: Tensor,
+    u: Tensor,
+    competition: Competition,
+    decay: str,
+    activities: Activities | None = None,
+    outer: Outer | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A (N, D) and the moments of y, from x (..., D), u (..., N); ``activities`` gives y for a block of u."""
+    """A (N, D) and the moments of y, from x (..., D), u (..., N).
+
+    ``activities`` gives y for a block of u, and ``outer`` is what stands in for add_outer.
+    """
     activities = activities or _float_activities
+    outer = outer or add_outer
     x, u = x.reshape(-1, x.shape[-1]), u.reshape(-1, u.shape[-1])
     dtype = sum_dtype(x.dtype)
     A: Tensor | None = None
     moments = new_moments(u.shape[1], 1, decay, u.shape[0], dtype, x.device)
     for x_block, u_block in _blocks(x, u):
         y = activities(u_block, 1, competition)
-        block = x_block.to(dtype)
-        A = y.t().mm(block) if A is None else A.addmm_(y.t(), block)
+        A = outer(A, x_block, y)
         add_moments(moments, y, 1, decay)
     return (x.new_zeros((u.shape[1], x.shape[1]), dtype=dtype) if A is None else A), moments
 
@@ -111,7 +120,7 @@ def conv_sums(
     moments = new_moments(u.shape[1], geometry.groups, decay, positions, dtype, x.device)
     for x_block, u_block in _blocks(x, u):
         y = activities(u_block, 1, competition)
-        part = correlate(x_block.to(dtype), y, shape, geometry)
+        part = correlate(x_block, y, shape, geometry)
         A = part if A is None else A.add_(part)
         if moments.numel() > 1:
             add_moments(moments, y.movedim(1, -1), geometry.groups, decay)
@@ -125,11 +134,24 @@ def linear_pair(
     competition: Competition,
     decay: str,
     activities: Activities | None = None,
+    outer: Outer | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A (N, D), the moments of y and G (N, D), from x (..., D), u and dL/du (..., N)."""
-    A, moments = linear_sums(x, u, competition, decay, activities)
+    A, moments = linear_sums(x, u, competition, decay, activities, outer)
+    return A, moments, linear_grad(x, grad_u, outer)
+
+
+def linear_grad(x: Tensor, grad_u: Tensor, outer: Outer | None = None) -> Tensor:
+    """G (N, D), of A's dtype, from x (..., D) and dL/du (..., N)."""
     rows = grad_u.reshape(-1, grad_u.shape[-1])
-    return A, moments, rows.t().mm(x.reshape(-1, x.shape[-1])).to(A.dtype).contiguous()
+    G = (outer or add_outer)(None, x.reshape(-1, x.shape[-1]), rows)
+    return G.to(sum_dtype(x.dtype)).contiguous()
+
+
+def add_outer(A: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+    """sum_p y_p x_p^T (N, D), from x (P, D) and y (P, N), in y's dtype; added to A where there is one."""
+    x = x.to(y.dtype)
+    return y.t().mm(x) if A is None else A.addmm_(y.t(), x)
 
 
 def conv_pair(
@@ -154,7 +176,8 @@ def conv_grad(x: Tensor, grad_u: Tensor, geometry: Geometry, correlate: Correlat
 
 
 def conv_correlate(x: Tensor, y: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
-    """sum_p y_p x_p^T by the library's weight gradient; contiguous."""
+    """sum_p y_p x_p^T by the library's weight gradient, in y's dtype; contiguous."""
+    x = x.to(y.dtype)
     if y.numel() == 0 or x.numel() == 0:
         return x.new_zeros(shape)
     # Only its shape is read, but an expanded tensor would be copied: memory that is there anyway will do.
@@ -189,7 +212,7 @@ def linear_winner_sums(
     """As linear_sums, from the winners' lists (P, k)."""
     x = x.reshape(-1, x.shape[-1])
     y = _scatter(unit, activity, units)
-    A = torch.mm(y.t(), x.to(y.dtype))
+    A = add_outer(None, x, y)
     moments = new_moments(units, 1, decay, y.shape[0], y.dtype, x.device)
     add_moments(moments, y, 1, decay)
     return A, moments
@@ -204,7 +227,7 @@ def conv_winner_sums(
     add_moments(moments, y, geometry.groups, decay)
     planes = y.view(x.shape[0], *geometry.out_size(x.shape[2:]), units).movedim(-1, 1)
     shape = (units, x.shape[1] // geometry.groups, *geometry.kernel_size)
-    return conv_correlate(x.to(y.dtype), planes, shape, geometry), moments
+    return conv_correlate(x, planes, shape, geometry), moments
 
 
 def gate_(

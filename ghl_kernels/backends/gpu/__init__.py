@@ -3,6 +3,6 @@
 # Methods of operations.Operations that are a backend's functions.
 OPERATION_NAMES = {
     *("compete", "competition_state", "winners", "linear_sums", "linear_pair", "conv_sums", "conv_pair"),
-    "conv_grad",
+    *("linear_grad", "conv_grad"),
     *("linear_winner_sums", "conv_winner_sums", "delta", "gate_", "gate_all_", "learn_"),
 }

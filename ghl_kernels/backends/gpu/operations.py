@@ -101,6 +101,10 @@ class Operations(abc.ABC):
         assert G is not None
         return A, moments, G
 
+    def linear_grad(self, x: Tensor, grad_u: Tensor) -> Tensor:
+        """G (N, D), of A's dtype, from x (..., D) and dL/du (..., N): the library's."""
+        return eager.linear_grad(x, grad_u)
+
     def conv_grad(self, x: Tensor, grad_u: Tensor, geometry: Geometry) -> Tensor:
         """G, of A's shape and dtype, from dL/du of u's shape: the library's."""
         return eager.conv_grad(x, grad_u, geometry)
