@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ def save(
     Every process has to call it. An interrupted write leaves the old file.
 
     Args:
-        path: the file; its folder is made.
+        path: the file.
         state: tensors, numbers, strings and containers of them.
         own: likewise, what differs between processes.
         settings: what decides the run; ``load`` refuses others.
@@ -32,7 +31,6 @@ def save(
     if share.world > 1:
         torch.distributed.all_gather_object(by_rank, mine)
     if share.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         content = {"state": state, "by_rank": by_rank, "settings": _complete(settings, share)}
         torch.save(content, unfinished)
@@ -43,16 +41,25 @@ def load(path: Path, settings: dict[str, Any], share: Share) -> dict[str, Any] |
     """State and this process's own in ``path``, the generators set to where they were; None without a file.
 
     Raises:
-        UserError: the file is damaged, or a run with other settings or so many processes wrote it.
+        UserError: the file cannot be read, is damaged, or is of a run with other settings or processes.
     """
     if not path.exists():
         return None
     try:
-        # on the CPU: load_state_dict copies to where each tensor belongs
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        kept, state, by_rank = content["settings"], content["state"], content["by_rank"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a checkpoint of these examples: {error}.") from None
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    with file:
+        try:
+            # on the CPU: load_state_dict copies to where each tensor belongs
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            kept, state, by_rank = content["settings"], content["state"], content["by_rank"]
+        # a damaged file raises nearly anything, and torch's text for it advises to run what is in the file
+        except Exception:
+            raise UserError(
+                f"{path} is damaged, or no checkpoint of these examples; "
+                "give another --out, or delete it to start anew."
+            ) from None
     now = _complete(settings, share)
     other = sorted(key for key in kept.keys() | now.keys() if kept.get(key) != now.get(key))
     if other:

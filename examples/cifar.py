@@ -27,7 +27,7 @@ from examples.batches import ALONE, MemoryBatches, evaluation_batches
 from examples.learner import Learner
 from examples.models import MODELS
 from examples.training import Run, Training
-from ghl_kernels.demo.arguments import natural, positive
+from ghl_kernels.demo.arguments import natural, positive, positive_number
 from ghl_kernels.demo.errors import UserError
 from ghl_kernels.nn import GHLLayer
 from ghl_kernels.rule import HebbianRule, Normalize
@@ -50,12 +50,19 @@ SYNTHETIC_IMAGES = 2048
 
 
 def convert(model: nn.Module, method: str, preset: Preset, k: int, normalize: Normalize = "layer") -> None:
-    """Let the convolutions learn by "ghl" or "kwta"; "backprop" leaves the model as it is."""
+    """Let the convolutions learn by "ghl" or "kwta"; "backprop" leaves the model as it is.
+
+    Raises:
+        UserError: a layer has fewer than ``k`` units.
+    """
     if method == "backprop":
         return
     activity = "linear" if method == "kwta" else "softmax"
     rule = HebbianRule(activity=activity, winners=k if method == "kwta" else None, normalize=normalize)
-    ghl.convert(model, rule)
+    try:
+        ghl.convert(model, rule)
+    except ValueError as error:
+        raise UserError(f"--k {k}: {error}.") from None
     if method == "ghl" and len(preset.temperatures) > 1:
         layers = [m for m in model.modules() if isinstance(m, GHLLayer)]
         for layer, temperature in zip(layers, preset.temperatures, strict=True):
@@ -71,10 +78,11 @@ def make_learner(options: argparse.Namespace, classes: int) -> Learner:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout)
+    lr = preset.lr if options.lr is None else options.lr
     read_out = list(model.classifier.parameters())
     filters = [p for p in model.parameters() if all(p is not other for other in read_out)]
     groups = [
-        {"params": filters, "lr": options.lr or preset.lr, "weight_decay": preset.weight_decay},
+        {"params": filters, "lr": lr, "weight_decay": preset.weight_decay},
         {"params": read_out, "lr": options.read_out_lr},
     ]
     return Learner(model, [torch.optim.SGD(groups)], amp=options.amp)
@@ -136,8 +144,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--normalize", choices=("layer", "filter"), default="layer", help="scope of the update's scale"
     )
-    parser.add_argument("--lr", type=float, help="of the convolutions (default: the preset's)")
-    parser.add_argument("--read-out-lr", type=float, default=0.01)
+    parser.add_argument("--lr", type=positive_number, help="of the convolutions (default: the preset's)")
+    parser.add_argument("--read-out-lr", type=positive_number, default=0.01)
     parser.add_argument("--epochs", type=positive, default=50)
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--seed", type=natural, default=0)

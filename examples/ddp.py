@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -21,8 +22,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import ghl_kernels as ghl
-from ghl_kernels.demo.arguments import positive
-from ghl_kernels.demo.data import load
+from examples import data
+from examples.augment import standardize
+from ghl_kernels.demo.arguments import positive, positive_number
+from ghl_kernels.demo.errors import UserError
 
 
 def network() -> nn.Sequential:
@@ -46,8 +49,8 @@ def images(folder: Path | None, count: int) -> tuple[Tensor, Tensor]:
     ``count`` is that of the latter.
     """
     if folder is not None:
-        data = load("fashion-mnist", folder)
-        return data.train_images, data.train_labels
+        found = data.mnist(folder)
+        return standardize(found.train.pixels, found.mean, found.std), found.train.labels
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(10, (count,), generator=generator)
     prototypes = torch.randn(10, 1, 28, 28, generator=generator)
@@ -89,7 +92,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def main() -> None:
-    """Join the processes that torchrun started, and train."""
+    """Join the processes that torchrun started, and train; what the user can mend ends as one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's idx files; default: synthetic")
     parser.add_argument(
@@ -98,7 +101,7 @@ def main() -> None:
     parser.add_argument("--images", type=positive, default=2000, help="synthetic ones")
     parser.add_argument("--epochs", type=positive, default=2)
     parser.add_argument("--batch", type=positive, default=192, help="images in a step, over all processes")
-    parser.add_argument("--lr", type=float, default=0.001)
+    parser.add_argument("--lr", type=positive_number, default=0.001)
     args = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start it by torchrun, for instance: torchrun --nproc-per-node 2 -m examples.ddp")
@@ -109,6 +112,8 @@ def main() -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         train(args, device)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     finally:
         dist.destroy_process_group()
 

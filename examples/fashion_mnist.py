@@ -3,6 +3,7 @@
     python -m examples.fashion_mnist                          # what is missing of the whole table
     python -m examples.fashion_mnist --only backprop ghl-softmax --seeds 0 1
     python -m examples.fashion_mnist --report                 # docs/results.md from what is there
+    python -m examples.fashion_mnist --report --out docs/results/fashion-mnist.json  # from what it kept
     python -m examples.fashion_mnist --search ghl-softmax     # learning rates, on held-out training images
 
 Every method and seed is a run of its own, in a folder with its log and its checkpoint until its result is
@@ -25,12 +26,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench import machine
 from examples import data, report
 from examples.batches import ALONE, MemoryBatches, evaluation_batches
 from examples.methods import METHODS, READ_OUT_LR, Method, make_learner
 from examples.models import DeepHebb
 from examples.training import Row, Run, Training
-from ghl_kernels import environment
 from ghl_kernels.demo.arguments import natural, positive
 from ghl_kernels.demo.errors import UserError
 
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     try:
         if options.report:
-            print(f"Wrote {report.write(options.out, options.docs, options.steps)}.")
+            print(f"Wrote {report.write(options.out, options.docs)}.")
         elif options.search:
             _search(options)
         else:
@@ -64,6 +65,7 @@ def run_one(method: Method, seed: int, images: data.Dataset, options: argparse.N
     path = folder / "result.json"
     if path.exists():
         return _finished(path, settings)
+    made = machine.describe(torch.device("cpu"))  # of the code that runs: a commit may follow
     batches = MemoryBatches(images.train, options.batch_size, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -82,7 +84,7 @@ def run_one(method: Method, seed: int, images: data.Dataset, options: argparse.N
         label=f"{method.label}, seed {seed}",
     )
     rows = Training(make_learner(method, model, options.local_epochs), run).fit()
-    result = {"settings": settings, "rows": rows, "environment": environment.collect()}
+    result = {"settings": settings, "rows": rows, "environment": made}
     path.write_text(json.dumps(result, indent=1) + "\n")
     (folder / "checkpoint.pt").unlink()
     return rows
@@ -146,11 +148,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", type=Path, default=data.FASHION_MNIST_ROOT, help="folder of the idx files")
     parser.add_argument("--out", type=Path, default=Path("examples/results/fashion-mnist"))
     parser.add_argument("--search", nargs="+", choices=names, metavar="METHOD", help="try learning rates")
-    parser.add_argument("--report", action="store_true", help="write the table and the figure")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where --report writes results.md")
     parser.add_argument(
-        "--steps", type=Path, default=Path("examples/results/steps"), help="results of imagenet --steps"
+        "--report",
+        action="store_true",
+        help="write tables and figure of the runs in --out, which may also be the JSON that a report left, "
+        "and of what imagenet --steps left in DOCS/results/steps",
     )
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where --report writes results.md")
     return parser
 
 

@@ -5,14 +5,16 @@
     python -m examples.imagenet --synthetic --model resnet1202 --size 32 --classes 10 --steps 5
 
 ``--root`` holds train/CLASS/*.JPEG and val/CLASS/*.JPEG. With ``--steps N`` GHL and backprop take N steps
-each from equal weights on equal batches, and a table says loss, peak memory and time of both. A run that was
-stopped, or that lost a process, goes on from its last checkpoint when the same command is given again.
+each from equal weights on equal batches, and a table says loss, peak memory and time of both; with
+``--out docs/results`` the ``--report`` of fashion_mnist has it, too. A run that was stopped, or that lost a
+process, goes on from its last checkpoint when the same command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -24,16 +26,34 @@ from rich.console import Console
 from rich.table import Table
 
 import ghl_kernels as ghl
+from bench import machine
 from examples import curves, data, steps
 from examples.batches import Batches, FolderBatches, MemoryBatches, Share, evaluation_batches
 from examples.learner import Learner
 from examples.models import MODELS
 from examples.training import Run, Training
-from ghl_kernels.demo.arguments import natural, positive
+from ghl_kernels.demo.arguments import natural, nonnegative_number, positive, positive_number
 from ghl_kernels.demo.errors import UserError
+from ghl_kernels.demo.output import make_folder
 from ghl_kernels.rule import HebbianRule
 
 METHODS = ("ghl", "kwta", "backprop")
+# what steps depend on besides the threads
+STEPS_DEPEND_ON = (
+    "model",
+    "size",
+    "classes",
+    "images",
+    "batch_size",
+    "method",
+    *steps.OWN,
+    "lr",
+    "momentum",
+    "weight_decay",
+    "seed",
+    "amp",
+    "steps",
+)
 WARMUP = 5
 BATCH_NORM_FOLLOWS = ("resnet",)  # keeps u for its own backward: summing A then costs no memory
 
@@ -41,6 +61,8 @@ BATCH_NORM_FOLLOWS = ("resnet",)  # keeps u for its own backward: summing A then
 def main(arguments: list[str] | None = None) -> None:
     """Train, or take some steps; what the user can mend ends as one line."""
     options = read_options(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     try:
         with processes() as (share, device):
             if options.steps:
@@ -79,7 +101,10 @@ def make_learner(options: argparse.Namespace, method: str, device: torch.device)
     if method != "backprop":
         rule = HebbianRule.kwta(options.k) if method == "kwta" else HebbianRule.ghl(options.temperature)
         sums_at = "backward" if options.model.startswith(BATCH_NORM_FOLLOWS) else "forward"
-        ghl.convert(model, rule, gate_at="step" if distributed else "backward", sums_at=sums_at)
+        try:
+            ghl.convert(model, rule, gate_at="step" if distributed else "backward", sums_at=sums_at)
+        except ValueError as error:
+            raise UserError(f"--k {options.k}: {error}.") from None
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay
@@ -98,7 +123,7 @@ def make_run(options: argparse.Namespace, share: Share) -> Run:
     else:
         batches = MemoryBatches(images, options.batch_size, options.seed, share=share)
     name = f"{options.model}-{options.method}-seed{options.seed}"
-    outside = ("out", "root", "workers", "steps", "checkpoint_every")
+    outside = ("out", "root", "workers", "steps", "checkpoint_every", "threads")
     settings = {key: str(value) for key, value in vars(options).items() if key not in outside}
     return Run(
         batches,
@@ -148,22 +173,40 @@ def compare_steps(options: argparse.Namespace, device: torch.device) -> None:
     """Print losses, peak memory and seconds of ``--method`` and of backprop; keep them as JSON.
 
     Raises:
-        UserError: under torchrun with several processes.
+        UserError: under torchrun with several processes, or a folder that cannot be used.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         raise UserError("--steps compares methods in one process; leave torchrun away.")
     run = make_run(options, Share())
+    folder = options.out / "steps"
+    make_folder(folder)
     methods = dict.fromkeys((options.method, "backprop"))
-    found = {
-        method: steps.take(make_learner(options, method, device), run, options.steps) for method in methods
+    learners = {method: make_learner(options, method, device) for method in methods}
+    result = {
+        "command": steps_command(options),
+        "settings": {key: getattr(options, key) for key in ("synthetic", *STEPS_DEPEND_ON)},
+        "environment": machine.describe(device),  # before the steps: a commit may follow
     }
+    found = steps.take(learners, run, options.steps)
     table = Table(*steps.HEADINGS)
     for row in steps.cells(found):
         table.add_row(*row)
     Console().print(table)
-    kept = ("model", "size", "classes", "batch_size", "images", "lr", "momentum", "k", "amp")
-    settings = {key: getattr(options, key) for key in kept} | {"device": device.type}
-    steps.save(options.out / "steps" / f"{options.model}-{options.method}.json", settings, found)
+    path = folder / f"{options.model}-{options.method}.json"
+    path.write_text(json.dumps(result | {"methods": found}, indent=1) + "\n")
+
+
+def steps_command(options: argparse.Namespace) -> str:
+    """The command that takes these steps again: every option that they depend on, whatever the defaults."""
+    words = ["python -m examples.imagenet", "--synthetic" if options.synthetic else "--root DIR"]
+    for key in STEPS_DEPEND_ON:
+        if steps.OWN.get(key, options.method) == options.method:
+            name, value = key.replace("_", "-"), getattr(options, key)
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words.append(f"--{name} {value}")
+    return " ".join([*words, f"--threads {torch.get_num_threads()}"])
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -196,10 +239,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", type=positive, default=1000)
     parser.add_argument("--method", choices=METHODS, default="ghl")
     parser.add_argument("--k", type=positive, default=8, help="winners of --method kwta")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--momentum", type=float, default=0.0)
-    parser.add_argument("--weight-decay", type=float, default=1e-4)
+    parser.add_argument("--temperature", type=positive_number, default=1.0)
+    parser.add_argument("--lr", type=positive_number, default=0.01)
+    parser.add_argument("--momentum", type=nonnegative_number, default=0.0)
+    parser.add_argument("--weight-decay", type=nonnegative_number, default=1e-4)
     parser.add_argument("--epochs", type=positive, default=90)
     parser.add_argument(
         "--warmup",
@@ -212,6 +255,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16")
     parser.add_argument("--steps", type=positive, help="only compare so many steps with backprop's")
+    parser.add_argument("--threads", type=positive, help="of each process")
     parser.add_argument("--checkpoint-every", type=positive, default=1000, metavar="STEPS")
     parser.add_argument("--out", type=Path, default=Path("examples/results"))
     return parser

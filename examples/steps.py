@@ -15,7 +15,7 @@ from examples.augment import standardize
 from examples.batches import Batches
 from examples.learner import Learner
 from examples.training import Run
-from ghl_kernels import environment
+from ghl_kernels.demo.errors import UserError
 from ghl_kernels.demo.memory import peak_bytes
 
 HEADINGS = (
@@ -26,37 +26,43 @@ HEADINGS = (
     "seconds a step",
     "times backprop's",
 )
+OWN = {"k": "kwta", "temperature": "ghl"}  # settings of one method
 Found = dict[str, Any]
 
 
-def take(learner: Learner, run: Run, steps: int) -> Found:
-    """Losses of the steps, seconds of all but the last, and the most bytes of tensors in the last.
+def take(learners: Mapping[str, Learner], run: Run, steps: int) -> dict[str, Found]:
+    """By method: losses of the steps, seconds of all but the last, and the most bytes of tensors in the last.
 
-    Seconds are the processor's, summed over threads, so that other programs do not count; on a GPU they
-    are the clock's. The last step is watched by a profiler, which takes time of its own.
+    The methods take each step in turn, so that all of them meet the machine in the same states. Seconds are
+    the processor's, summed over threads, so that other programs do not count; on a GPU they are the clock's.
+    The last step is watched by a profiler, which takes time of its own.
     """
-    learner.model.train()
-    device = learner.device
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    losses: list[float] = []
-    seconds: list[float] = []
-    peak = 0
+    found: dict[str, Found] = {method: {"losses": [], "seconds": [], "peak_bytes": 0} for method in learners}
+    for learner in learners.values():
+        learner.model.train()
     for number in range(steps):
         pixels, labels = _batch(run.batches, number)
-        images = standardize(pixels, run.mean, run.std, device, torch.channels_last)
-        target = labels.to(device)
-        learner.model.zero_grad()  # the gradients are the step's, not part of what was held before
+        for method, learner in learners.items():
+            torch.manual_seed(number)  # dropout, say, draws the same for all
+            images = standardize(pixels, run.mean, run.std, learner.device, torch.channels_last)
+            _one_step(learner, images, labels.to(learner.device), found[method], last=number == steps - 1)
+    return found
 
-        def step(images: torch.Tensor = images, target: torch.Tensor = target) -> None:
-            losses.append(float(learner.step(images, target, 1.0)))
 
-        if number == steps - 1:
-            peak = _peak(step, device)
-        else:
-            start = clock()
-            step()
-            seconds.append(clock() - start)
-    return {"losses": losses, "seconds": seconds, "peak_bytes": peak}
+def _one_step(
+    learner: Learner, images: torch.Tensor, target: torch.Tensor, found: Found, *, last: bool
+) -> None:
+    def step() -> None:
+        found["losses"].append(float(learner.step(images, target, 1.0)))
+
+    clock = time.process_time if learner.device.type == "cpu" else time.perf_counter
+    if last:
+        found["peak_bytes"] = _peak(step, learner.device)
+    else:
+        start = clock()
+        step()
+        found["seconds"].append(clock() - start)
+    learner.model.zero_grad()  # gradients are the step's: no part of what the next one finds held
 
 
 def _batch(batches: Batches, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,16 +80,22 @@ def _peak(step: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def save(path: Path, settings: Mapping[str, Any], methods: Mapping[str, Found]) -> None:
-    """Keep as JSON what ``read`` and ``cells`` take."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"settings": dict(settings), "methods": dict(methods), "environment": environment.collect()}
-    path.write_text(json.dumps(result, indent=1) + "\n")
-
-
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Every result in the folder, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """Every result of imagenet's ``--steps`` in the folder, in the order of their names.
+
+    Raises:
+        UserError: a file is something else.
+    """
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_text())
+        except ValueError:
+            result = {}
+        if not set(result) >= {"command", "settings", "methods", "environment"}:
+            raise UserError(f"{path} is no result of examples.imagenet --steps; make it anew, or delete it.")
+        results.append(result)
+    return results
 
 
 def cells(methods: Mapping[str, Found]) -> list[tuple[str, ...]]:

@@ -19,6 +19,7 @@ from examples.augment import standardize
 from examples.batches import ALONE, Batch, Batches, Share
 from examples.learner import Learner
 from ghl_kernels.demo.errors import UserError
+from ghl_kernels.demo.output import make_folder
 from ghl_kernels.demo.progress import Progress
 
 Row = dict[str, float]
@@ -79,6 +80,8 @@ class Training:
         self.step = 0
         self.rows: list[Row] = []
         self._loss = torch.zeros((), dtype=torch.float64, device=learner.device)
+        if run.share.rank == 0:  # the only one that writes
+            make_folder(run.folder)
         self._path = run.folder / "checkpoint.pt"
         state = checkpoint.load(self._path, run.settings, run.share)
         if state is not None:
@@ -200,7 +203,6 @@ def _sum_over_processes(values: Tensor, share: Share) -> Tensor:
 
 def write_log(path: Path, rows: list[Row]) -> None:
     """A CSV of the rows: written anew each time, so that a resumed run has no line twice."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", "loss", "accuracy"])
         writer.writeheader()

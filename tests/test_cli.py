@@ -190,9 +190,19 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(
     file = tmp_path / "file"
     file.write_text("")
     write_fashion_mnist(tmp_path)
-    options = ["demo", "--data", "fashion-mnist", "--root", str(tmp_path), "--out", str(file / "out")]
+    for out in (file, file / "out"):
+        options = ["demo", "--data", "fashion-mnist", "--root", str(tmp_path), "--out", str(out)]
+        assert main(options) == 2
+        assert one_sentence(capsys) == f"error: The folder {out} cannot be made: {file} is a file.\n"
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_fashion_mnist(tmp_path)
+    options = ["demo", "--data", "fashion-mnist", "--root", str(tmp_path), "--out", "/proc"]  # nor by root
     assert main(options) == 2
-    assert "cannot be made" in one_sentence(capsys)
+    assert "The folder /proc cannot be written to: " in one_sentence(capsys)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from idx_files import write_fashion_mnist
 
 import ghl_kernels as ghl
 from ghl_kernels.__main__ import main
-from ghl_kernels.demo import command, cost, data, train
+from ghl_kernels.demo import checkout, command, cost, data, train
 from ghl_kernels.demo.memory import peak_bytes
 from ghl_kernels.demo.methods import PRESETS, Method, Settings
 from ghl_kernels.demo.progress import Progress
@@ -57,6 +59,8 @@ def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert results["seeds"] == [0]
     assert results["data"]["training_images"] == 200
     assert results["environment"]["versions"]["torch"] == torch.__version__
+    assert results["environment"]["versions"]["ghl_kernels"] == ghl.__version__
+    assert results["environment"].items() >= checkout.describe().items()
     for found in results["methods"].values():
         assert found["curves"]["0"] == [found["accuracy"]["mean"]]
         assert found["cost"]["peak_bytes"] > 0
@@ -65,6 +69,50 @@ def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     picture = image.imread(out / "demo-digits.png")
     assert picture.shape[0] > 300
     assert picture.std() > 0.05
+
+
+@pytest.fixture
+def commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of a checkout at ``tmp_path`` with one file, which stands in for this one."""
+    if not shutil.which("git"):
+        pytest.skip("there is no git")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(checkout, "ROOT", tmp_path.resolve())
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    git("init")
+    git("add", "file")
+    git("commit", "-m", "a")
+    return git("rev-parse", "HEAD")
+
+
+def test_the_commit_of_a_checkout(tmp_path: Path, commit: str) -> None:
+    (tmp_path / "new").write_text("")
+    assert checkout.describe() == {"commit": commit, "uncommitted_changes": False}
+    (tmp_path / "file").write_text("changed")
+    assert checkout.describe() == {"commit": commit, "uncommitted_changes": True}
+
+
+@pytest.mark.parametrize("case", ["within another checkout", "no checkout", "no git"])
+def test_no_commit_where_the_package_has_none(
+    case: str, tmp_path: Path, commit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case == "within another checkout":
+        (tmp_path / "site-packages").mkdir()
+        monkeypatch.setattr(checkout, "ROOT", checkout.ROOT / "site-packages")
+    elif case == "no checkout":
+        shutil.rmtree(tmp_path / ".git")
+    else:
+        monkeypatch.setenv("PATH", "")
+    assert checkout.describe() == {"commit": None, "uncommitted_changes": None}
 
 
 def test_options_reach_the_settings(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ghl_kernels import environment
 from ghl_kernels.demo.arguments import positive
 
-from . import cost, data, train
+from . import checkout, cost, data, train
 from .errors import UserError
 from .methods import PRESETS, Settings
+from .output import make_folder
 
 if TYPE_CHECKING:
     from .progress import Progress
@@ -103,17 +105,18 @@ def run(arguments: argparse.Namespace) -> None:
         from .progress import Progress
     settings = _settings(arguments)
     images = data.load(arguments.data, arguments.root, arguments.limit, arguments.validation)
-    _make_folder(arguments.out)
+    make_folder(arguments.out)
     # the profiler that measures memory would write two lines of its own for every step it sees
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with _threads(arguments.threads or settings.threads):
+        made = environment.collect() | checkout.describe()  # of the code that runs: a commit may follow
         started = time.perf_counter()
         seeds = range(arguments.seeds or settings.seeds)
         with Progress(_total(settings, seeds), sys.stderr) as progress:
             runs = _train_all(settings, images, seeds, progress)
             costs = _measure(settings, images, progress)
         seconds = time.perf_counter() - started
-        results = report.Results(settings, images, runs, costs, seconds, arguments.validation)
+        results = report.Results(settings, images, runs, costs, seconds, arguments.validation, made)
         report.print_table(results)
         stem = f"demo-{arguments.data}"
         paths = arguments.out / f"{stem}.png", arguments.out / f"{stem}.json"
@@ -162,13 +165,6 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise UserError(f"--lr knows no {unknown[0]!r}; the names are {allowed}.")
     changes["learning_rates"] = {**settings.learning_rates, **dict(arguments.lr)}
     return dataclasses.replace(settings, **changes)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The folder {folder} cannot be made: {error.strerror or error}.") from None
 
 
 @contextlib.contextmanager

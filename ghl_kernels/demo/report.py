@@ -13,8 +13,6 @@ import rich.box
 import rich.console
 import rich.table
 
-from ghl_kernels import environment
-
 from .cost import Cost
 from .data import Dataset
 from .methods import Settings
@@ -29,7 +27,7 @@ _NOTES = (
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All that a demo run found; ``runs`` by method and seed, ``costs`` by method."""
+    """All that a demo run found; ``runs`` by method and seed, ``costs`` by method; on what it ran."""
 
     settings: Settings
     data: Dataset
@@ -37,6 +35,7 @@ class Results:
     costs: Mapping[str, Cost]
     seconds: float
     validation: bool
+    environment: Mapping[str, Any]
 
     def final_accuracies(self, key: str) -> list[float]:
         """Accuracy after the last epoch, a value per seed."""
@@ -107,7 +106,7 @@ def _as_json(results: Results) -> dict[str, Any]:
         "seconds": round(results.seconds, 1),
         "methods": {method.key: _method_as_json(results, method.key) for method in results.settings.methods},
         "settings": dataclasses.asdict(results.settings),
-        "environment": environment.collect(),
+        "environment": dict(results.environment),
     }
 
 

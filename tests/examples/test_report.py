@@ -11,6 +11,7 @@ import pytest
 from examples import bars, report
 from examples.methods import METHODS
 from ghl_kernels import environment
+from ghl_kernels.demo.errors import UserError
 
 PASSING = {
     "backprop": (90.0, 91.0),
@@ -83,13 +84,13 @@ def test_bars_that_do_not_hold_or_are_open(
 
 
 def write(folder: Path, accuracies: dict[str, tuple[float, ...]]) -> str:
-    """The report of these runs and of what is in ``folder / "steps"``."""
+    """The report of these runs and of what is in ``folder / "docs" / "results" / "steps"``."""
     for key, by_seed in results(accuracies).items():
         for seed, found in by_seed.items():
             path = folder / "runs" / f"{key}-{seed}" / "result.json"
             path.parent.mkdir(parents=True)
             path.write_text(json.dumps(found))
-    return report.write(folder / "runs", folder / "docs", folder / "steps").read_text()
+    return report.write(folder / "runs", folder / "docs").read_text()
 
 
 def test_the_report_judges_and_compares_the_scales(tmp_path: Path) -> None:
@@ -106,19 +107,116 @@ def test_the_report_is_silent_on_what_has_not_run(tmp_path: Path) -> None:
     assert f"{2 * 2} of {2 * len(METHODS)} runs are in" in text
 
 
-def test_the_table_of_steps_has_ratios_and_seconds_where_they_were_taken(tmp_path: Path) -> None:
+def test_the_report_says_what_of_softhebb_has_not_run(tmp_path: Path) -> None:
+    assert "ends -7.50 points from filters that never moved." in write(tmp_path / "a", PASSING)
+    assert "Triangle" not in write(tmp_path / "b", {key: PASSING[key] for key in ("backprop", "frozen")})
+
+
+def test_the_command_is_that_of_the_runs(tmp_path: Path) -> None:
+    command = "python -m examples.fashion_mnist --seeds 0 1 --epochs 1 --local-epochs 1 --batch-size 8"
+    threads = environment.collect()["threads"]
+    assert f"\n{command} --threads {threads}\n" in write(tmp_path, {"backprop": (90.0, 91.0)})
+    path = tmp_path / "runs" / "backprop-1" / "result.json"
+    found = json.loads(path.read_text())
+    found["environment"]["threads"] = threads + 1
+    path.write_text(json.dumps(found))
+    assert f"\n{command}\n" in report.write(tmp_path / "runs", tmp_path / "docs").read_text()
+
+
+def test_the_report_repeats_from_what_it_kept(tmp_path: Path) -> None:
+    kept = tmp_path / "docs" / "results" / "fashion-mnist.json"
+    text, content = write(tmp_path, PASSING), kept.read_bytes()
+    assert report.write(kept, tmp_path / "docs").read_text() == text
+    assert kept.read_bytes() == content
+    kept.write_text("[1]")
+    with pytest.raises(UserError, match=r"^\S+ is not the fashion-mnist\.json that a report left\.$"):
+        report.write(kept, tmp_path / "docs")
+
+
+def test_the_report_says_which_code_ran() -> None:
+    made = {"machine": {"cpu": "A"}, "versions": {"torch": "2", "ghl_kernels": "1"}, "threads": 3}
+    commit = {"commit": "0123456789abcdef", "uncommitted_changes": False}
+    for more, sentence in (
+        ({}, "Made on A, threads: 3, torch 2, ghl_kernels 1."),
+        (commit, "Made on A, threads: 3, torch 2, commit 0123456789ab."),
+        (
+            commit | {"uncommitted_changes": True},
+            "Made on A, threads: 3, torch 2, commit 0123456789ab with uncommitted changes.",
+        ),
+        ({"gpu": {"name": "G"}}, "Made on G, threads: 3, torch 2, ghl_kernels 1."),
+        (
+            {"machine": {"cpu": "A", "cpu_model": "family 1"}},
+            "Made on A (family 1), threads: 3, torch 2, ghl_kernels 1.",
+        ),
+    ):
+        assert report._machine(made | more) == sentence
+
+
+STEPS = {
+    "ghl": {"losses": [3.0, 2.5], "peak_bytes": 3 << 20, "seconds": [9.0, 2.0, 4.0]},
+    "kwta": {"losses": [3.0, 2.7], "peak_bytes": 4 << 20, "seconds": [9.0, 6.0]},
+    "backprop": {"losses": [3.0, 2.0], "peak_bytes": 2 << 20, "seconds": [9.0, 1.0, 3.0]},
+}
+
+
+def write_steps(
+    folder: Path, name: str, method: str, backprop: dict[str, Any] | None = None, **changes: Any
+) -> None:
+    """A result of imagenet's --steps, for the report in ``folder / "docs"``."""
     settings = {"model": "resnet50", "batch_size": 8, "size": 224, "amp": False, "lr": 0.003}
-    timed = {
-        "ghl": {"losses": [3.0, 2.5], "peak_bytes": 3 << 20, "seconds": [9.0, 2.0, 4.0]},
-        "backprop": {"losses": [3.0, 2.0], "peak_bytes": 2 << 20, "seconds": [9.0, 1.0, 3.0]},
-    }
-    untimed = {method: {**found, "seconds": []} for method, found in timed.items()}
-    (tmp_path / "steps").mkdir()
-    for name, methods in (("a", timed), ("b", untimed)):
-        content = {"settings": settings, "methods": methods, "environment": environment.collect()}
-        (tmp_path / "steps" / f"{name}.json").write_text(json.dumps(content))
+    settings |= {"synthetic": True, "method": method, "k": 8, "temperature": 1.0} | changes
+    methods = {method: STEPS[method], "backprop": STEPS["backprop"] | (backprop or {})}
+    content = {"command": f"python {name}", "settings": settings, "methods": methods}
+    path = folder / "docs" / "results" / "steps" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content | {"environment": environment.collect()}))
+
+
+def step_rows(text: str) -> list[str]:
+    """The lines of the table of steps, without network and images where these are the usual ones."""
+    start = "| resnet50 | 8 of 224 x 224, synthetic, float32, learning rate 0.003 "
+    return [line.removeprefix(start) for line in text.splitlines() if line.startswith("| resnet50")]
+
+
+def test_backprop_has_one_row_for_runs_that_agree(tmp_path: Path) -> None:
+    write_steps(tmp_path, "a", "ghl")
+    write_steps(tmp_path, "b", "kwta", {"seconds": [9.0, 4.0]}, k=3, temperature=2.0)
     text = write(tmp_path, {"backprop": (90.0,)})
+    assert step_rows(text) == [
+        "| ghl | 3.000 to 2.500 (2) | 3 | 1.500 | 3.00 | 1.50 |",
+        "| kwta | 3.000 to 2.700 (2) | 4 | 2.000 | 6.00 | 1.50 |",
+        "| backprop | 3.000 to 2.000 (2) | 2 | 1.000 | 2.00, 4.00 | 1.00 |",
+    ]
+    results = tmp_path / "docs" / "results"
+    assert f"```\npython a --out {results}\npython b --out {results}\n```" in text.replace(" \\\n    ", " ")
+
+
+@pytest.mark.parametrize(
+    ("backprop", "changes"),
+    [({}, {"lr": 0.1}), ({}, {"seed": 1}), ({"losses": [3.0, 2.1]}, {}), ({"peak_bytes": 1}, {})],
+)
+def test_backprop_has_a_row_of_each_run_that_differs(
+    tmp_path: Path, backprop: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    write_steps(tmp_path, "a", "ghl")
+    write_steps(tmp_path, "b", "kwta", backprop, **changes)
+    rows = step_rows(write(tmp_path, {"backprop": (90.0,)}))
+    found = [method for row in rows for method in STEPS if f"| {method} |" in row]
+    assert found == ["ghl", "backprop", "kwta", "backprop"]
+
+
+def test_steps_of_real_images_that_were_not_timed(tmp_path: Path) -> None:
+    write_steps(tmp_path, "a", "ghl", {"seconds": []}, synthetic=False)
     start = "| resnet50 | 8 of 224 x 224, float32, learning rate 0.003 |"
-    assert f"{start} ghl | 3.000 to 2.500 (2) | 3 | 1.500 | 3.00 | 1.50 |" in text
-    assert f"{start} backprop | 3.000 to 2.000 (2) | 2 | 1.000 | 2.00 | 1.00 |" in text
-    assert f"{start} ghl | 3.000 to 2.500 (2) | 3 | 1.500 | not timed |  |" in text
+    assert step_rows(write(tmp_path, {"backprop": (90.0,)})) == [
+        f"{start} ghl | 3.000 to 2.500 (2) | 3 | 1.500 | not timed |  |",
+        f"{start} backprop | 3.000 to 2.000 (2) | 2 | 1.000 | not timed |  |",
+    ]
+
+
+@pytest.mark.parametrize("content", ["damaged", "[]", '{"settings": {}, "methods": {}, "environment": {}}'])
+def test_a_file_among_the_steps_that_is_no_result_is_one_line(tmp_path: Path, content: str) -> None:
+    write_steps(tmp_path, "a", "ghl")
+    (tmp_path / "docs" / "results" / "steps" / "b.json").write_text(content)
+    with pytest.raises(UserError, match=r"^\S+b\.json is no result of examples\.imagenet --steps; .*\.$"):
+        write(tmp_path, {"backprop": (90.0,)})

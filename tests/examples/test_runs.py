@@ -6,10 +6,12 @@ import csv
 import dataclasses
 import json
 import math
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from image_folders import write_image_folder
 from small_runs import IMAGES, network, run_in
 
 import ghl_kernels as ghl
-from examples import cifar, data, fashion_mnist, imagenet
+from examples import cifar, data, fashion_mnist, imagenet, steps
 from examples.batches import Batch
 from examples.learner import Learner
 from examples.methods import METHODS, make_learner
@@ -106,19 +108,57 @@ def test_cosine() -> None:
     assert [cosine(step, 6, 2) for step in (0, 1, 2)] == pytest.approx([1 / 3, 2 / 3, 1.0])
 
 
-def test_other_settings_damage_and_divergence_are_refused(tmp_path: Path) -> None:
+def test_other_settings_and_divergence_are_refused(tmp_path: Path) -> None:
     Training(LEARNERS["backward"](), run_in(tmp_path)).fit(stop_after=1)
     training = Training(LEARNERS["backward"](), run_in(tmp_path))
     training.save()
     with pytest.raises(UserError, match=r"a=1 \(now 2\)"):
         Training(LEARNERS["backward"](), run_in(tmp_path, settings={"a": 2}))
-    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="not a checkpoint"):
-        Training(LEARNERS["backward"](), run_in(tmp_path))
     model = network()
     diverging = Learner(model, [torch.optim.SGD(model.parameters(), float("inf"))])
     with pytest.raises(UserError, match="lower the learning rate"):
         Training(diverging, run_in(tmp_path / "new")).fit()
+
+
+@pytest.mark.parametrize("damage", ["empty", "garbage", "truncated", "code", "other"])
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
+    training = Training(LEARNERS["backward"](), run_in(tmp_path))
+    training.save()
+    path = tmp_path / "checkpoint.pt"
+    if damage in ("code", "other"):
+        torch.save({"state": Training if damage == "code" else 1}, path)
+    else:
+        content = {"empty": b"", "garbage": b"damaged", "truncated": path.read_bytes()[:-100]}
+        path.write_bytes(content[damage])
+    with pytest.raises(UserError) as caught:
+        Training(LEARNERS["backward"](), run_in(tmp_path))
+    assert str(caught.value) == (
+        f"{path} is damaged, or no checkpoint of these examples; "
+        "give another --out, or delete it to start anew."
+    )
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").mkdir()
+    with pytest.raises(UserError, match=r"^\S+checkpoint\.pt cannot be read: Is a directory\.$"):
+        Training(LEARNERS["backward"](), run_in(tmp_path))
+
+
+def test_a_folder_that_cannot_be_used_is_said_before_training(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match=f"{file} is a file"):
+        Training(LEARNERS["backward"](), run_in(file / "run"))
+    command = ["--synthetic", "--model", "resnet20", "--size", "16", "--classes", "4", "--images", "8"]
+    command += ["--batch-size", "8", "--no-amp", "--steps", "2", "--out", str(file)]
+    with pytest.raises(SystemExit, match=rf"^error: The folder .* {file} is a file\.$"):
+        imagenet.main(command)
+    report = ["--report", "--out", str(tmp_path), "--docs", str(file)]
+    result = {"settings": {"method": "backprop", "seed": 0}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match=rf"^error: The folder .* {file} is a file\.$"):
+        fashion_mnist.main(report)
 
 
 def test_fashion_mnist_in_pieces_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,11 +173,10 @@ def test_fashion_mnist_in_pieces_and_its_report(tmp_path: Path, capsys: pytest.C
     fashion_mnist.main([*command, "--only", "backprop", "--seeds", "1"])
     assert result.stat().st_mtime_ns == written
     assert not (out / "backprop-seed1" / "checkpoint.pt").exists()
-    fashion_mnist.main(
-        ["--report", "--out", str(out), "--docs", str(docs), "--steps", str(tmp_path / "none")]
-    )
+    fashion_mnist.main(["--report", "--out", str(out), "--docs", str(docs)])
     text = (docs / "results.md").read_text()
     runs = [json.loads((out / f"backprop-seed{i}" / "result.json").read_text()) for i in range(2)]
+    assert all("commit" in run["environment"] for run in runs)
     mean = sum(run["rows"][-1]["accuracy"] for run in runs) / 2
     assert f"| backprop | {mean:.2f} (" in text
     assert f"3 of {2 * len(METHODS)} runs are in" in text
@@ -171,16 +210,101 @@ def test_cifar_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         cifar.main(["--root", str(tmp_path / "absent")])
 
 
+@pytest.mark.parametrize("main", [cifar.main, imagenet.main])
+def test_more_winners_than_units_is_one_line(tmp_path: Path, main: Callable[[list[str]], None]) -> None:
+    command = ["--synthetic", "--classes", "10", "--method", "kwta", "--k", "999", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"^error: --k 999: .* got 999 of \d+.*\.$"):
+        main(command)
+
+
+@pytest.mark.parametrize(
+    ("main", "option", "value", "complaint"),
+    [
+        (cifar.main, "--lr", "0", "must be a finite number above 0, got '0'"),
+        (cifar.main, "--lr", "-1", "must be a finite number above 0, got '-1'"),
+        (cifar.main, "--read-out-lr", "inf", "must be a finite number above 0, got 'inf'"),
+        (imagenet.main, "--lr", "-1", "must be a finite number above 0, got '-1'"),
+        (imagenet.main, "--lr", "fast", "must be a finite number above 0, got 'fast'"),
+        (imagenet.main, "--temperature", "0", "must be a finite number above 0, got '0'"),
+        (imagenet.main, "--momentum", "-1", "must be a finite number of at least 0, got '-1'"),
+        (imagenet.main, "--weight-decay", "nan", "must be a finite number of at least 0, got 'nan'"),
+    ],
+)
+def test_a_number_out_of_range_is_one_line(
+    main: Callable[[list[str]], None],
+    option: str,
+    value: str,
+    complaint: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--synthetic", option, value])
+    assert f"argument {option}: {complaint}" in capsys.readouterr().err
+
+
+def test_numbers_of_zero_are_allowed_where_they_mean_something() -> None:
+    options = imagenet.read_options(["--synthetic", "--momentum", "0", "--weight-decay", "0"])
+    assert (options.momentum, options.weight_decay) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("given", "lr"), [([], 0.05), (["--lr", "0.25"], 0.25)])
+def test_cifar_takes_the_rate_of_its_preset_unless_one_is_given(given: list[str], lr: float) -> None:
+    options = cifar.parser().parse_args(["--synthetic", "--model", "fasthebb", *given])
+    assert cifar.make_learner(options, 10).optimizers[0].param_groups[0]["lr"] == lr
+
+
 def test_imagenet_steps_beside_backprop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--synthetic", "--model", "resnet20", "--size", "32", "--classes", "4", "--images", "16"]
     imagenet.main([*command, "--batch-size", "16", "--steps", "4", "--no-amp", "--out", str(tmp_path)])
-    result = json.loads((tmp_path / "steps" / "resnet20-ghl.json").read_text())["methods"]
+    kept = json.loads((tmp_path / "steps" / "resnet20-ghl.json").read_text())
+    assert {"commit", "threads", "machine", "versions"} <= kept["environment"].keys()
+    result = kept["methods"]
     assert result["ghl"]["losses"][0] == result["backprop"]["losses"][0]
     assert result["ghl"]["losses"][-1] < result["ghl"]["losses"][0]
     assert result["ghl"]["peak_bytes"] > 0
     assert len(result["ghl"]["seconds"]) == 3  # the last step is not timed
     assert min(result["ghl"]["seconds"]) > 0.0
     assert "backprop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--synthetic", "--method", "kwta", "--k", "1", "--no-amp", "--images", "1", "--steps", "2"],
+        ["--root", "DIR", "--model", "vit", "--temperature", "0.3", "--momentum", "0.9", "--steps", "1"],
+    ],
+)
+def test_the_command_that_is_kept_takes_the_same_steps(given: list[str]) -> None:
+    options = imagenet.read_options(given)
+    command = shlex.split(imagenet.steps_command(options))
+    assert command[:3] == ["python", "-m", "examples.imagenet"]
+    again = imagenet.read_options(command[3:])
+    assert vars(again) | {"threads": None} == vars(options)
+    assert again.threads == torch.get_num_threads()
+
+
+def test_methods_take_their_steps_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    taken = []
+    learners = {name: LEARNERS["backward"]() for name in ("one", "other")}
+    for name, learner in learners.items():
+
+        def step(*arguments: object, name: str = name, step: Callable[..., Any] = learner.step) -> Any:
+            taken.append(name)
+            return step(*arguments)
+
+        monkeypatch.setattr(learner, "step", step)
+    found = steps.take(learners, run_in(tmp_path), 3)
+    assert taken == ["one", "other"] * 3
+    assert found["one"]["losses"] == found["other"]["losses"]
+    assert [len(found["one"][key]) for key in ("losses", "seconds")] == [3, 2]
+
+
+def test_imagenet_takes_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    with pytest.raises(SystemExit, match="--model vit"):
+        imagenet.main(["--synthetic", "--model", "vit", "--size", "225", "--threads", "3"])
+    assert given == [3]
 
 
 def test_imagenet_warms_up_within_the_run(capsys: pytest.CaptureFixture[str]) -> None:
