@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ghl_kernels import _dispatch
 from ghl_kernels._geometry import Geometry
@@ -115,6 +114,36 @@ def _is_grad_ours(x: Tensor, grad_u: Tensor, plan: Plan) -> bool:
     return plan.is_grad_ours and x.dtype == grad_u.dtype == torch.float32
 
 
+class _Final(torch.autograd.Function):
+    """Identity on the first tensors, which raises where anything is differentiated through them.
+
+    torch's once_differentiable does not notice what functorch differentiates, nor that a gradient which
+    depends on the weights alone has a derivative.
+    """
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "a layer that trains by a Hebbian rule has no second derivatives: its gradients are no "
+            "differentiable function of anything; detach() them, or take such derivatives in eval mode"
+        )
+
+
+def _final(results: tuple[Tensor | None, ...], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The results of a backward pass, made from ``sources``; through them nothing can be differentiated."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return results
+    return _Final.apply(len(results), *results, *sources)
+
+
 class LayerFunction(torch.autograd.Function):
     """u = layer(x); backward returns A and the moments as the gradients of two extra inputs.
 
@@ -159,12 +188,17 @@ class LayerFunction(torch.autograd.Function):
             ctx.save_for_backward(x, weight, *kept)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_u: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_u is None:
             return (None,) * 6
+        saved = ctx.saved_tensors  # once: checkpointing gives each of them to one asking
+        with torch.no_grad():
+            results = LayerFunction._backward(ctx, grad_u, *saved)
+        return *_final(results, grad_u, *saved), None
+
+    @staticmethod
+    def _backward(ctx: Any, grad_u: Tensor, x: Tensor, weight: Tensor, *kept: Tensor) -> tuple[Any, ...]:
         plan: Plan = ctx.plan
-        x, weight, *kept = ctx.saved_tensors
         keeps = plan.keeps
         if plan.is_pair:
             A, moments, G = pair(x, kept[0], grad_u, plan)
@@ -188,7 +222,7 @@ class LayerFunction(torch.autograd.Function):
             if plan.at_step:
                 # makes a bad A visible to whoever looks for inf or NaN in the gradient (GradScaler)
                 grad_weight = grad_weight + ((A - A).sum() + (moments - moments).sum()).to(grad_weight.dtype)
-        return grad_x, grad_weight, grad_bias, A, moments, None
+        return grad_x, grad_weight, grad_bias, A, moments
 
 
 def _layer_backward(
@@ -259,18 +293,29 @@ class GateFunction(torch.autograd.Function):
         ctx.save_for_backward(weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, G: Tensor | None, A: Tensor, moments: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, G: Tensor | None, A: Tensor | None, moments: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if A is None or moments is None:  # no gradient arrived at the layer's output
+            return (None,) * 8
         (weight,) = ctx.saved_tensors
+        with torch.no_grad():
+            gated = GateFunction._backward(ctx, G, A, moments, weight)
+        return *_final((gated,), G, A, moments, weight), *(None,) * 7
+
+    @staticmethod
+    def _backward(ctx: Any, G: Tensor | None, A: Tensor, moments: Tensor, weight: Tensor) -> Tensor | None:
         groups, decay, normalize, gate = ctx.rule
         if ctx.totals is not None:
             torch.ops.ghl.observe_rule_(ctx.totals, G, A, moments, weight, ctx.probe)
         if gate == "none":
             H = torch.ops.ghl.delta(A, moments, weight, groups, decay, normalize)
-            return H.neg_().to(weight.dtype), *(None,) * 7
+            return H.neg_().to(weight.dtype)
+        if G is not None and G.requires_grad:  # a view, see _final
+            G = G.clone()
         # in place: LayerFunction made G for this one edge
         torch.ops.ghl.gate_(G, A, moments, weight, groups, decay, normalize)
-        return G, *(None,) * 7
+        return G
 
 
 # torch binds default arguments at every apply; without a stored signature that costs more than a small kernel

@@ -355,8 +355,56 @@ def test_double_backward_raises(backend: str, kind: str, gate: str) -> None:
     u = ours(x)
     grads = torch.autograd.grad(u.square().sum(), [x, ours.weight], create_graph=True)
     for grad in grads:
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match="no second derivatives"):
             grad.sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_a_linear_loss_have_no_derivative_either(backend: str, kind: str) -> None:
+    """dL/du needs no gradient then, but the weight does, which dL/dx depends on."""
+    _, ours, x = make(kind)
+    (grad_x,) = torch.autograd.grad(ours(x.requires_grad_()).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        grad_x.square().sum().backward()
+
+
+def test_second_derivatives_by_function_transforms_raise() -> None:
+    layer, x = ghl.GHLLinear(5, 4), torch.randn(3, 5)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x).tanh().sum()
+
+    def loss_of(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    def after_a_step(parameters: dict[str, Tensor], detach: bool) -> Tensor:
+        grads = torch.func.grad(loss_of)(parameters)
+        return loss_of({n: p - (grads[n].detach() if detach else grads[n]) for n, p in parameters.items()})
+
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.func.grad(lambda z: torch.func.grad(loss)(z).square().sum())(x)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.func.grad(after_a_step)(parameters, False)
+    grads = torch.func.grad(after_a_step)(parameters, True)  # of first order
+    assert all(grad.any() for grad in grads.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gate", ["sign", "none"])
+def test_an_output_whose_gradient_is_undefined_has_no_part(backend: str, kind: str, gate: str) -> None:
+    class Drop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, u: Tensor, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+            return None, grad
+
+    _, ours, x = make(kind, HebbianRule(gate=gate))
+    Drop.apply(ours(x.requires_grad_()), x).sum().backward()
+    assert ours.weight.grad is None
 
 
 # --- when a layer is its torch layer ------------------------------------------------------------
