@@ -78,7 +78,7 @@ def linear_correlation(positions: int, features: int, units: int, fraction: floa
         dim=1,
         rule=rule,
         sparse=lambda unit, activity: torch.ops.ghl.linear_winner_sums(x, unit, activity, units, "none")[0],
-        dense=lambda y: y.t() @ x,
+        dense=lambda y: torch.ops.ghl.linear_grad(x, y),
         expected=lambda: ghl.reference.linear_delta(x.double(), u.double(), weight.double(), rule),
     )
 

@@ -97,7 +97,7 @@ def _linear(shape: LinearShape, fraction: float, target: Target) -> Race:
         contenders=[
             Contender(
                 "ghl dense",
-                lambda x, u, w: _kwta(u, competition).t() @ x,
+                lambda x, u, w: torch.ops.ghl.linear_grad(x, _kwta(u, competition)),
                 note="our k-WTA, then mm",
                 auto=not is_sparse,
             ),
