@@ -67,6 +67,12 @@ bool unit_stride_somewhere(const Layout& layout, int64_t units, int64_t position
   return layout.stride_unit == 1 || layout.stride_position == 1 || units == 1 || positions == 1;
 }
 
+Problem check_workspace(const void* workspace, int64_t size) {
+  if (!aligned(workspace, 64)) return "the workspace is not aligned to 64 bytes";
+  if (workspace == nullptr && size > 0) return "the workspace is null";
+  return {};
+}
+
 bool empty(const CompeteParams& p) { return p.batch == 0 || p.units == 0 || p.positions == 0; }
 
 Problem check_sizes(const CompeteParams& p, int threads) {
@@ -129,9 +135,7 @@ Problem check_memory(const CorrelateParams& p, int threads) {
     if (p.winner_unit == nullptr || p.winner_activity == nullptr) return "a winner list is null";
     if (p.x == nullptr || !aligned(p.x, p.x_dtype)) return "x is null or not aligned";
   }
-  if (!aligned(p.workspace, 64)) return "the workspace is not aligned to 64 bytes";
-  if (p.workspace == nullptr && size_correlate(p, threads) > 0) return "the workspace is null";
-  return {};
+  return check_workspace(p.workspace, size_correlate(p, threads));
 }
 
 bool empty(const EpilogueParams& p) { return p.units == 0 || p.channels == 0 || p.taps == 0; }
@@ -149,9 +153,7 @@ Problem check_memory(const EpilogueParams& p, int threads) {
   if (p.weight != nullptr && !aligned(p.weight, p.weight_dtype)) return "the weight is not aligned";
   if (p.row_decay == nullptr && p.decay == Decay::rows) return "row_decay is null";
   if (p.target == Target::learn && p.weight != p.out) return "to learn, out must be the weight";
-  if (!aligned(p.workspace, 64)) return "the workspace is not aligned to 64 bytes";
-  if (p.workspace == nullptr && size_epilogue(p, threads) > 0) return "the workspace is null";
-  return {};
+  return check_workspace(p.workspace, size_epilogue(p, threads));
 }
 
 bool empty(const OuterParams& p) { return p.units == 0 || p.channels == 0; }
@@ -162,15 +164,12 @@ Problem check_sizes(const OuterParams& p, int threads) {
   return {};
 }
 
-Problem check_memory(const OuterParams& p) {
+Problem check_memory(const OuterParams& p, int threads) {
   if (p.x.data == nullptr || p.y.data == nullptr || p.a == nullptr) return "a tensor is null";
   if (!aligned(p.x.data, p.x.dtype) || !aligned(p.y.data, p.y.dtype) || !aligned(p.a, 4)) {
     return "a tensor is not aligned to its elements";
   }
-  if (p.workspace == nullptr || !aligned(p.workspace, 64)) {
-    return "the workspace is null or not aligned to 64 bytes";
-  }
-  return {};
+  return check_workspace(p.workspace, size_outer(p, threads));
 }
 
 bool empty(const WinogradParams& p) { return p.units == 0 || p.channels == 0; }
@@ -189,19 +188,32 @@ Problem check_sizes(const WinogradParams& p, int threads) {
   return {};
 }
 
-Problem check_memory(const WinogradParams& p) {
+Problem check_memory(const WinogradParams& p, int threads) {
   if (p.x == nullptr || p.y == nullptr || p.a == nullptr) return "a tensor is null";
   if (!aligned(p.x, p.x_dtype) || !aligned(p.y, p.y_dtype) || !aligned(p.a, 4)) {
     return "a tensor is not aligned to its elements";
   }
-  if (p.workspace == nullptr || !aligned(p.workspace, 64)) {
-    return "the workspace is null or not aligned to 64 bytes";
-  }
-  return {};
+  return check_workspace(p.workspace, size_winograd(p, threads));
 }
 
 Status failure(const char* launcher, const Problem& problem) {
   return Status::failure(std::string(launcher) + ": " + problem);
+}
+
+// What the launchers of kernels with a workspace have in common.
+template <class Params>
+int64_t workspace(int64_t (*size)(const Params&, int), const Params& params, int threads) {
+  if (!check_sizes(params, threads).empty() || empty(params)) return 0;
+  return size(params, threads);
+}
+
+template <class Params>
+Status launch(const char* name, void (*run)(const Params&, int), const Params& params, int threads) {
+  if (const Problem problem = check_sizes(params, threads); !problem.empty()) return failure(name, problem);
+  if (empty(params)) return {};
+  if (const Problem problem = check_memory(params, threads); !problem.empty()) return failure(name, problem);
+  run(params, threads);
+  return {};
 }
 
 }  // namespace
@@ -219,62 +231,31 @@ Status compete_cpu(const CompeteParams& params, int threads) {
 }
 
 int64_t correlate_cpu_workspace(const CorrelateParams& params, int threads) {
-  if (!check_sizes(params, threads).empty() || empty(params)) return 0;
-  return size_correlate(params, threads);
+  return workspace(size_correlate, params, threads);
 }
-
 Status correlate_cpu(const CorrelateParams& params, int threads) {
-  if (const Problem problem = check_sizes(params, threads); !problem.empty())
-    return failure("correlate", problem);
-  if (empty(params)) return {};
-  if (const Problem problem = check_memory(params, threads); !problem.empty()) {
-    return failure("correlate", problem);
-  }
-  run_correlate(params, threads);
-  return {};
+  return launch("correlate", run_correlate, params, threads);
 }
 
 int64_t epilogue_cpu_workspace(const EpilogueParams& params, int threads) {
-  if (!check_sizes(params, threads).empty() || empty(params)) return 0;
-  return size_epilogue(params, threads);
+  return workspace(size_epilogue, params, threads);
 }
-
 Status epilogue_cpu(const EpilogueParams& params, int threads) {
-  if (const Problem problem = check_sizes(params, threads); !problem.empty())
-    return failure("epilogue", problem);
-  if (empty(params)) return {};
-  if (const Problem problem = check_memory(params, threads); !problem.empty())
-    return failure("epilogue", problem);
-  run_epilogue(params, threads);
-  return {};
+  return launch("epilogue", run_epilogue, params, threads);
 }
 
 int64_t outer_cpu_workspace(const OuterParams& params, int threads) {
-  if (!check_sizes(params, threads).empty() || empty(params)) return 0;
-  return size_outer(params, threads);
+  return workspace(size_outer, params, threads);
 }
-
 Status outer_cpu(const OuterParams& params, int threads) {
-  if (const Problem problem = check_sizes(params, threads); !problem.empty())
-    return failure("outer", problem);
-  if (empty(params)) return {};
-  if (const Problem problem = check_memory(params); !problem.empty()) return failure("outer", problem);
-  run_outer(params, threads);
-  return {};
+  return launch("outer", run_outer, params, threads);
 }
 
 int64_t winograd_cpu_workspace(const WinogradParams& params, int threads) {
-  if (!check_sizes(params, threads).empty() || empty(params)) return 0;
-  return size_winograd(params, threads);
+  return workspace(size_winograd, params, threads);
 }
-
 Status winograd_cpu(const WinogradParams& params, int threads) {
-  if (const Problem problem = check_sizes(params, threads); !problem.empty())
-    return failure("winograd", problem);
-  if (empty(params)) return {};
-  if (const Problem problem = check_memory(params); !problem.empty()) return failure("winograd", problem);
-  run_winograd(params, threads);
-  return {};
+  return launch("winograd", run_winograd, params, threads);
 }
 
 }  // namespace ghl
