@@ -60,7 +60,7 @@ def _ghl(key: str, label: str, lr: float, activity: Activity, winners: float | N
 METHODS = {
     method.key: method
     for method in (
-        Method("backprop", "backprop", "gradient", 0.1, momentum=0.9, lrs=(0.01, 0.03, 0.1)),
+        Method("backprop", "backprop", "gradient", 0.1, momentum=0.9, lrs=(0.03, 0.1, 0.3)),
         _ghl("ghl-softmax", "GHL softmax", 0.01, "softmax", None),
         Method(
             "ghl-softmax-layer",

@@ -121,6 +121,8 @@ class _Final(torch.autograd.Function):
     depends on the weights alone has a derivative.
     """
 
+    generate_vmap_rule = True  # jacrev differentiates once, by vmap
+
     @staticmethod
     def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:count])
