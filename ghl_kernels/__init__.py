@@ -12,8 +12,8 @@ import torch  # noqa: F401  first of all: the native module must join torch's Op
 from ghl_kernels import _ops, functional, reference
 from ghl_kernels._dispatch import backends, use_backend
 from ghl_kernels.convert import convert, revert
-from ghl_kernels.monitor import Monitor
-from ghl_kernels.nn import GHLConv1d, GHLConv2d, GHLConv3d, GHLLinear
+from ghl_kernels.monitor import LayerReading, Monitor
+from ghl_kernels.nn import GHLConv1d, GHLConv2d, GHLConv3d, GHLLayer, GHLLinear
 from ghl_kernels.rule import HebbianRule
 from ghl_kernels.sgd import GHLSGD
 from ghl_kernels.step_gate import StepGate
@@ -25,8 +25,10 @@ __all__ = [
     "GHLConv1d",
     "GHLConv2d",
     "GHLConv3d",
+    "GHLLayer",
     "GHLLinear",
     "HebbianRule",
+    "LayerReading",
     "Monitor",
     "StepGate",
     "backends",

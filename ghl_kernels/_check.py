@@ -1,19 +1,22 @@
-"""What a tensor must be before a kernel may see it. Every message says what was got and what is allowed."""
+"""What an argument must be before a kernel sees it. Every message says what was got and what is allowed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ghl_kernels._geometry import Geometry
+from ghl_kernels.rule import HebbianRule
 
 
 def floats(**tensors: Tensor) -> None:
-    """Real floating-point tensors with data, all on one device.
+    """Real floating-point tensors with data, dense and all on one device.
 
     Raises:
-        TypeError: not a tensor, or integer, bool, complex.
+        TypeError: not a tensor, or integer, bool, complex, sparse, nested.
         ValueError: meta tensors, or tensors on different devices.
     """
     first: Tensor | None = None
@@ -22,6 +25,9 @@ def floats(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a real floating-point tensor, got {tensor.dtype}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
         if tensor.device.type == "meta":
             raise ValueError(f"{name} is a meta tensor, which has no values to compute with")
         if first is None:
@@ -115,3 +121,35 @@ def choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """One of the allowed words, ValueError otherwise."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
+
+
+def module(model: object) -> None:
+    """A torch.nn.Module, TypeError otherwise."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def rule(rule: object) -> None:
+    """A HebbianRule, TypeError otherwise."""
+    if not isinstance(rule, HebbianRule):
+        raise TypeError(f"rule must be a HebbianRule, got {rule!r}")
+
+
+def finite(name: str, value: float) -> None:
+    """A number, TypeError otherwise, and neither inf nor NaN, ValueError otherwise."""
+    try:
+        is_finite = math.isfinite(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a real number, got {value!r}") from None
+    if not is_finite:
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+def label(name: str) -> str:
+    """How messages and tables call the module of this qualified name; that of the model itself is empty."""
+    return name or "(model)"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -12,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ghl_kernels._check import label
+
 if TYPE_CHECKING:
     from ghl_kernels.monitor import LayerReading
 
@@ -80,7 +82,7 @@ def _draw_norms(axes: Axes, layers: list[LayerReading]) -> None:
 def _name_layers(axes: Axes, names: list[str]) -> None:
     axes.set_xlim(-0.5, len(names) - 0.5)
     if len(names) <= _NAMED_LAYERS:
-        axes.set_xticks(range(len(names)), [name or "(model)" for name in names], rotation=30, ha="right")
+        axes.set_xticks(range(len(names)), [label(name) for name in names], rotation=30, ha="right")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")

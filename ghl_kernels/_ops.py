@@ -60,13 +60,23 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     if in_autocast:
                         torch.set_autocast_enabled(device.type, True)
 
-        for key in ("CPU", "CUDA"):
-            _LIB.impl(name, implementation, key)
+        # every device, of which those without kernels of ours have the eager backend
+        _LIB.impl(name, implementation, "CompositeExplicitAutograd")
+        if "!" in schema:  # of the others vmap calls one after the other
+            for key in ("FuncTorchBatched", "Batched"):  # of vmap, and of is_grads_batched
+                _LIB.impl(name, functools.partial(_refuse_vmap, name), key)
         # no gradient flows; without this torch hangs a node on the results that warns in backward
         _LIB.impl(name, torch.library.fallthrough_kernel, "Autograd")
         return body
 
     return register
+
+
+def _refuse_vmap(name: str, *_: Any) -> None:
+    raise RuntimeError(
+        f"torch.func.vmap, jacrev and is_grads_batched cannot map over ghl::{name}, which changes a tensor "
+        "in place by a rule that is not linear; take the gradients of a GHL layer's weight one at a time"
+    )
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -529,15 +539,15 @@ def _(
 # The changed tensors are those of a Monitor's probe, which does the summing.
 
 
-@_op("observe_responses_(Tensor(a!) histogram, Tensor u, Tensor weight, int dim, int probe) -> ()")
-def _observe_responses_(histogram: Tensor, u: Tensor, weight: Tensor, dim: int, probe: int) -> None:
+@_op("observe_responses_(Tensor(a!) histogram, Tensor u, int dim, int probe) -> ()")
+def _observe_responses_(histogram: Tensor, u: Tensor, dim: int, probe: int) -> None:
     found = _probe.find(probe)
-    if found is not None and found.is_due(weight):
+    if found is not None and found.is_due():
         found.count_winners(histogram, u, dim)
 
 
 @_fake("observe_responses_")
-def _(histogram: Tensor, u: Tensor, weight: Tensor, dim: int, probe: int) -> None:
+def _(histogram: Tensor, u: Tensor, dim: int, probe: int) -> None:
     _check.shape("histogram", histogram, (2, u.shape[dim] + 1))
 
 
@@ -546,7 +556,7 @@ def _observe_rule_(
     totals: Tensor, G: Tensor | None, A: Tensor, moments: Tensor, weight: Tensor, probe: int
 ) -> None:
     found = _probe.find(probe)
-    if found is not None and found.is_due(weight):
+    if found is not None and found.is_observing():
         found.measure_rule(totals, G, A, moments, weight)
 
 

@@ -41,16 +41,23 @@ class Probe:
         self._version: int | None = None
         self._step = -1
         device = layer.weight.device
-        self.histogram = torch.zeros(2, layer.units + 1, dtype=torch.int64, device=device)
-        self.totals = torch.zeros(5, dtype=torch.float64, device=device)
+        with torch.inference_mode(False):  # what is made in it, training could not add to
+            self.histogram = torch.zeros(2, layer.units + 1, dtype=torch.int64, device=device)
+            self.totals = torch.zeros(5, dtype=torch.float64, device=device)
         self.number = next(_numbers)
         _probes[self.number] = self
 
-    def is_due(self, weight: Tensor) -> bool:
-        """Whether the step that runs with this weight is observed."""
-        if weight._version != self._version:
-            self._version = weight._version
+    def is_due(self) -> bool:
+        """Whether the step that a forward pass belongs to is observed."""
+        # asked of the layer: a compiled graph passes copies and aliases, whose versions say nothing
+        version = self._layer.weight._version
+        if version != self._version:
+            self._version = version
             self._step += 1
+        return self.is_observing()
+
+    def is_observing(self) -> bool:
+        """Whether the step of the last forward pass is observed."""
         return self._step % self._every == 0
 
     def sums(self) -> Tensor:
@@ -66,12 +73,21 @@ class Probe:
     def follow(self, device: torch.device) -> None:
         """Take the sums to where the layer is now."""
         if self.histogram.device != device:
-            self.histogram, self.totals = self.histogram.to(device), self.totals.to(device)
+            with torch.inference_mode(False):
+                self.histogram, self.totals = self.histogram.to(device), self.totals.to(device)
 
-    def observe_responses(self, u: Tensor, weight: Tensor, dim: int) -> None:
+    def observe_responses(self, u: Tensor, dim: int) -> None:
         """Called by the layer with u, units along ``dim``, whenever it trains."""
-        if self._may_be_due(weight):
-            torch.ops.ghl.observe_responses_(self.histogram, u, weight, dim, self.number)
+        if _in_graph() or self.is_due():
+            self.follow(u.device)
+            torch.ops.ghl.observe_responses_(self.histogram, u, dim, self.number)
+
+    def gate_arguments(self, weight: Tensor) -> tuple[Tensor, int] | tuple[None, None]:
+        """What GateFunction takes in a forward pass, to observe the rule in backward."""
+        if not (_in_graph() or self.is_due()):
+            return None, None
+        self.follow(weight.device)
+        return self.totals, self.number
 
     def observe_rule(
         self,
@@ -85,24 +101,14 @@ class Probe:
 
         ``is_skipped``, if given, is on a device: other than 0 where the step will leave the weight as it is.
         """
-        if not self._may_be_due(weight):
+        if not (_in_graph() or self.is_observing()):
             return
+        self.follow(weight.device)
         before = None if is_skipped is None else self.totals.clone()
         torch.ops.ghl.observe_rule_(self.totals, G, A, moments, weight, self.number)
         if is_skipped is not None and before is not None:
             # chosen and not weighted: what a skipped step adds may be NaN
             self.totals.copy_(torch.where(is_skipped.to(self.totals.device) != 0, before, self.totals))
-
-    def gate_arguments(self, weight: Tensor) -> tuple[Tensor, int] | tuple[None, None]:
-        """What GateFunction takes, to observe the rule in backward."""
-        return (self.totals, self.number) if self._may_be_due(weight) else (None, None)
-
-    def _may_be_due(self, weight: Tensor) -> bool:
-        """Spares the operation's call; a compiled graph has to ask inside the operation."""
-        if not (torch.compiler.is_compiling() or self.is_due(weight)):
-            return False
-        self.follow(weight.device)
-        return True
 
     @torch.no_grad()
     def count_winners(self, histogram: Tensor, u: Tensor, dim: int) -> None:
@@ -135,6 +141,11 @@ class Probe:
             agreeing, opposed = (direction < 0).sum(), (direction > 0).sum()
         parts = (torch.ones_like(agreeing), agreeing, opposed, largest.amax(), applied)
         totals += torch.stack([part.double() for part in parts])
+
+
+def _in_graph() -> bool:
+    """Where an operation's call cannot be spared: a compiled graph has to ask inside the operation."""
+    return torch.compiler.is_compiling()
 
 
 def find(number: int) -> Probe | None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ghl_kernels.step_gate import Attachment
 
 
-def is_sharded(weight: Tensor) -> bool:
+def is_sharded(weight: Tensor | None) -> bool:
     """Whether a weight is a DTensor, as fully_shard makes it; asked without importing DTensor."""
     return hasattr(weight, "device_mesh")
 

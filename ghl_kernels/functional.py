@@ -37,9 +37,10 @@ def compete(u: Tensor, rule: HebbianRule, dim: int = -1) -> Tensor:
 
     Raises:
         TypeError, ValueError: u is not a real floating-point tensor with data, ``dim`` does not exist,
-            or the rule has more winners than there are units.
+            ``rule`` is no HebbianRule or has more winners than there are units.
     """
     _check.floats(u=u)
+    _check.rule(rule)
     units = u.shape[_check.dimension(u, dim)]
     return torch.ops.ghl.compete(u, dim, *rule.competition(units))
 
@@ -59,9 +60,10 @@ def linear_delta(x: Tensor, u: Tensor, weight: Tensor, rule: HebbianRule) -> Ten
     """Local update H (N, D) of a linear layer, normalised; W += lr * H is Hebbian learning.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit.
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, or no HebbianRule.
     """
     _check.floats(x=x, u=u, weight=weight)
+    _check.rule(rule)
     _check.same_dtype(x=x, u=u)
     _check.linear(x, u)
     _check.shape("weight", weight, (u.shape[-1], x.shape[-1]))
@@ -73,9 +75,10 @@ def linear_weight_grad(x: Tensor, u: Tensor, grad_u: Tensor, weight: Tensor, rul
     """Gated weight gradient |H| * sign(G) (N, D) of a linear layer; -H without a gate; grad_u = dL/du.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit.
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, or no HebbianRule.
     """
     _check.floats(x=x, u=u, grad_u=grad_u, weight=weight)
+    _check.rule(rule)
     _check.shape("grad_u", grad_u, u.shape)
     _check.same_dtype(x=x, u=u)
     _check.linear(x, u)
@@ -86,8 +89,7 @@ def linear_weight_grad(x: Tensor, u: Tensor, grad_u: Tensor, weight: Tensor, rul
     H = _delta(x, u, weight, rule, None)
     if rule.gate == "none":
         return -H
-    rows = grad_u.reshape(-1, grad_u.shape[-1])
-    return gate(H, rows.t().mm(x.reshape(-1, x.shape[-1]).to(rows.dtype)))
+    return gate(H, torch.ops.ghl.linear_grad(x.to(grad_u.dtype), grad_u))
 
 
 @torch.no_grad()
@@ -105,8 +107,10 @@ def conv_delta(
     """Local update H, of weight's shape, of a 1d, 2d or 3d convolution with zero padding, normalised.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or convolution arguments that do not fit.
+        TypeError, ValueError: shapes, dtypes, devices or convolution arguments that do not fit, or no
+            HebbianRule.
     """
+    _check.rule(rule)
     x, u, geometry = _conv_inputs(x, u, weight, stride, padding, dilation, groups)
     return _delta(x, u, weight, rule, geometry)
 
@@ -129,9 +133,11 @@ def conv_weight_grad(
     grad_u is dL/du, of u's shape.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or convolution arguments that do not fit.
+        TypeError, ValueError: shapes, dtypes, devices or convolution arguments that do not fit, or no
+            HebbianRule.
     """
     _check.floats(x=x, u=u, grad_u=grad_u, weight=weight)
+    _check.rule(rule)
     _check.shape("grad_u", grad_u, u.shape)
     x, u, geometry = _conv_inputs(x, u, weight, stride, padding, dilation, groups)
     plan = make_plan(geometry, weight, rule, sums_at="backward")

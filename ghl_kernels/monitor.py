@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ghl_kernels import _check
 from ghl_kernels._probe import Probe
 from ghl_kernels._processes import is_sharded
-from ghl_kernels.nn import GHLLayer
+from ghl_kernels.nn import GHLLayer, named_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,19 +118,19 @@ class Monitor:
     """
 
     def __init__(self, model: nn.Module, every: int = 100, *, positions: int = 65536) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        _check.module(model)
         _check_count("every", every)
         _check_count("positions", positions)
-        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, GHLLayer)}
+        self._layers = named_layers(model)
         if not self._layers:
             raise ValueError("the model has no GHL layer to watch; convert it first")
         for name, layer in self._layers.items():
+            shown = repr(_check.label(name))
             if layer._probe is not None:
-                raise ValueError(f"{name!r} is watched by a Monitor already; call its remove() first")
+                raise ValueError(f"{shown} is watched by a Monitor already; call its remove() first")
             if is_sharded(layer.weight):
                 raise ValueError(
-                    f"the weight of {name!r} is sharded: a pass sees all of it and a step some of its rows, "
+                    f"the weight of {shown} is sharded: a pass sees all of it and a step some of its rows, "
                     "which a Monitor cannot bring together; watch the model before it is sharded"
                 )
         self._probes = {name: Probe(layer, every, positions) for name, layer in self._layers.items()}
@@ -137,7 +138,7 @@ class Monitor:
             layer._probe = self._probes[name]
 
     def read(self) -> dict[str, LayerReading]:
-        """Each layer's statistics, by its qualified name. Waits for the device."""
+        """Each layer's statistics, by its qualified name ("" for the model itself). Waits for the device."""
         return self._readings([probe.sums() for probe in self._probes.values()])
 
     def reduce(self, group: Any = None) -> dict[str, LayerReading]:
@@ -163,6 +164,8 @@ class Monitor:
     def scalars(self, readings: Readings | None = None) -> dict[str, float]:
         """One flat dict of numbers, ``{layer}/{statistic}``, for TensorBoard or wandb.
 
+        A model that is itself the layer is called ``(model)``, as in the table and the figure.
+
         Args:
             readings: of :meth:`read` (default) or :meth:`reduce`.
 
@@ -171,30 +174,31 @@ class Monitor:
         """
         readings = self.read() if readings is None else readings
         return {
-            f"{name}/{key}": value
+            f"{_check.label(name)}/{key}": value
             for name, reading in readings.items()
             for key, value in _scalars(reading).items()
         }
 
     def table(self, readings: Readings | None = None) -> Table:
-        """A rich table, one row a layer; ``readings`` as for :meth:`scalars`."""
+        """A rich table, one row a layer, that fits 80 columns; ``readings`` as for :meth:`scalars`."""
+        from rich import box
         from rich.table import Table
 
-        out = Table(title="GHL layers", title_justify="left")
-        out.add_column("layer")
-        for heading in (
-            "units",
-            "positions",
-            "dead",
-            "evenness",
-            "agreement",
-            "max |H|",
-            "|H| / |W|",
-            "row norm",
-        ):
+        out = Table(
+            title="GHL layers",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            collapse_padding=True,
+        )
+        # what gives way where the terminal is narrow: names, which fold, and ranges, which wrap
+        out.add_column("layer", min_width=8, overflow="fold")
+        for heading in ("units", "positions", "dead", "even-\nness", "agree-\nment", "max |H|", "|H|/|W|"):
             out.add_column(heading, justify="right", no_wrap=True)
+        out.add_column("row norm", justify="right")
         for name, reading in (self.read() if readings is None else readings).items():
-            out.add_row(name or "(model)", *_cells(reading))
+            out.add_row(_check.label(name), *_cells(reading))
         return out
 
     def plot(self, path: str | PathLike[str] | None = None, readings: Readings | None = None) -> Figure:
@@ -233,7 +237,7 @@ class Monitor:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Monitor({', '.join(name or '(model)' for name in self._layers)})"
+        return f"Monitor({', '.join(map(_check.label, self._layers))})"
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a Monitor belongs to one model and cannot be copied; make a new one")
@@ -291,7 +295,7 @@ def _cells(reading: LayerReading) -> list[str]:
         f"{reading.agreement:.1%}" if reading.agreeing + reading.opposed else "-",
         f"{reading.delta_max:.3g}" if reading.gates else "-",
         f"{reading.delta_ratio:.3g}" if reading.gates else "-",
-        f"{norms.min():.3g} - {norms.max():.3g}",
+        f"{norms.min():.2g} - {norms.max():.2g}",
     ]
 
 

@@ -1,19 +1,20 @@
 """Drop-in layers: torch's Linear and Conv1d/2d/3d whose weights learn by a Hebbian rule.
 
 Forward, input gradient and bias gradient are the torch layer's, bit for bit; in eval mode, without
-grad mode or with a frozen weight a layer is its torch layer. ``state_dict`` is the torch layer's.
+grad mode or with a frozen or empty weight a layer is its torch layer. ``state_dict`` is the torch layer's.
 """
 
 from __future__ import annotations
 
 import abc
-import math
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.utils import parametrize
 
 from ghl_kernels import _check
 from ghl_kernels._autograd import GateFunction, LayerFunction, Plan, make_plan, sums
@@ -32,6 +33,8 @@ SumsAt = Literal["forward", "backward"]
 
 class GHLLayer(nn.Module, abc.ABC):
     """What the four layers share: the rule, and the way of the Hebbian sums to the gradient.
+
+    Abstract; ``isinstance(module, ghl.GHLLayer)`` finds a model's GHL layers.
 
     Attributes:
         rule: the :class:`HebbianRule`.
@@ -53,12 +56,11 @@ class GHLLayer(nn.Module, abc.ABC):
     def __init__(
         self,
         *args: Any,
-        rule: HebbianRule | None = None,
-        gate_at: GateAt = "backward",
-        sums_at: SumsAt = "forward",
-        **kwargs: Any,
+        rule: HebbianRule | None,
+        gate_at: GateAt,
+        sums_at: SumsAt,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args)
         self.set_rule(HebbianRule.ghl() if rule is None else rule, gate_at, sums_at)
 
     def set_rule(
@@ -97,6 +99,8 @@ class GHLLayer(nn.Module, abc.ABC):
     def learn_(self, x: Tensor, lr: float) -> Tensor:
         """Forward pass and local update in place, W += lr * H, with no backward pass and no gate.
 
+        The call is the update: it changes a frozen weight, and that of a layer in eval mode, as well.
+
         Args:
             x: the layer's input, as for ``forward``.
             lr: learning rate; H points uphill, so a positive one learns.
@@ -105,25 +109,30 @@ class GHLLayer(nn.Module, abc.ABC):
             u, the layer's output from before the update; it requires no gradient.
 
         Raises:
-            TypeError, ValueError: an input that the layer does not take, or an lr that is not finite.
+            TypeError: an input that is no real floating-point tensor, or outside autocast not of the
+                weight's dtype; an lr that is no number.
+            ValueError: an input that does not fit the layer, or an lr that is not finite.
+            RuntimeError: a weight that is computed (weight_norm, spectral_norm, pruning) or sharded.
 
         Warns:
             Once, where there are several processes, whose weights part unless all of them get the same x.
         """
-        if not math.isfinite(lr):
-            raise ValueError(f"lr must be finite, got {lr!r}")
+        _check.finite("lr", lr)
         _warn_if_distributed(
             "learn_ updates this process's weights by its own share of the batch, and so the replicas part; "
             "with several processes give all of them the whole batch, or broadcast the weights after it"
         )
         self._check_input(x)
+        self._autocast_dtype(x)
         u = self._torch_forward(x)
+        if self.weight.numel() == 0:
+            return u
         batched, geometry = self._prepare(x.to(u.dtype))
         responses = u.unsqueeze(0) if batched.dim() > x.dim() else u
         A, moments = sums(batched, responses, self._plan(geometry))
         rule = self.rule
         if self._probe is not None:
-            self._probe.observe_responses(responses, self.weight, -1 if geometry is None else 1)
+            self._probe.observe_responses(responses, -1 if geometry is None else 1)
             self._probe.observe_rule(None, A, moments, self.weight)
         torch.ops.ghl.learn_(self.weight, A, moments, lr, self.filter_groups, rule.decay, rule.normalize)
         return u
@@ -138,16 +147,20 @@ class GHLLayer(nn.Module, abc.ABC):
         x, geometry = self._prepare(input)
         u = self._apply_rule(x, geometry)
         if self._probe is not None:
-            self._probe.observe_responses(u, self.weight, -1 if geometry is None else 1)
+            self._probe.observe_responses(u, -1 if geometry is None else 1)
         return u.squeeze(0) if x.dim() > input.dim() else u
 
     def _is_learning(self) -> bool:
         if not (self.training and torch.is_grad_enabled()):
             return False
         weight = self.weight
+        if isinstance(weight, Proxy):
+            if self._parameters["weight"].requires_grad:
+                raise _refused_tracing()
+            return False
         if _is_batched(weight):  # it requires no gradient there, and would get the plain one all the same
             raise _refused_vmap()
-        return weight.requires_grad
+        return weight.requires_grad and weight.numel() > 0
 
     def _torch_forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, super().forward(x))
@@ -159,6 +172,9 @@ class GHLLayer(nn.Module, abc.ABC):
     def _check_input(self, x: Tensor) -> None:
         weight = self.weight
         _check.floats(x=x, weight=weight)
+        if self._parameters.get("weight") is None:  # functional calls, compilers and fully_shard replace it
+            what, remedy = computed_weight(self)
+            raise RuntimeError(f"a GHL layer cannot learn where {what}; {remedy}")
         if is_sharded(weight):  # fully_shard gathers it before the pass
             raise RuntimeError(
                 "the weight is spread over processes in the pass itself, as tensor parallelism does; GHL "
@@ -171,17 +187,23 @@ class GHLLayer(nn.Module, abc.ABC):
             geometry, self.weight, self.rule, at_step=self.gate_at == "step", sums_at=self.sums_at
         )
 
-    def _apply_rule(self, x: Tensor, geometry: Geometry | None) -> Tensor:
-        bias, device = self.bias, x.device.type
+    def _autocast_dtype(self, x: Tensor) -> torch.dtype | None:
+        """What autocast turns x into, or None; TypeError where that leaves x with another dtype than W's."""
+        device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            # outside the function, so that the casts are differentiated as autocast's own are
-            dtype = torch.get_autocast_dtype(device)
-            x = x.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        elif x.dtype != self.weight.dtype:
+            return torch.get_autocast_dtype(device)
+        if x.dtype != self.weight.dtype:
             raise TypeError(
                 f"x must have the weight's dtype {self.weight.dtype} outside autocast, got {x.dtype}"
             )
+        return None
+
+    def _apply_rule(self, x: Tensor, geometry: Geometry | None) -> Tensor:
+        bias, dtype = self.bias, self._autocast_dtype(x)
+        if dtype is not None:
+            # outside the function, so that the casts are differentiated as autocast's own are
+            x = x.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         weight, A, moments = self._gated_weight()
         u, *_ = LayerFunction.apply(x, weight, bias, A, moments, self._plan(geometry))
         return cast(Tensor, u)
@@ -243,6 +265,22 @@ class GHLLinear(GHLLayer, nn.Linear):
         TypeError, ValueError: a rule or option that is not allowed; in training, an input that does not fit.
     """
 
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        rule: HebbianRule | None = None,
+        gate_at: GateAt = "backward",
+        sums_at: SumsAt = "forward",
+    ) -> None:
+        super().__init__(
+            in_features, out_features, bias, device, dtype, rule=rule, gate_at=gate_at, sums_at=sums_at
+        )
+
     @property
     def units(self) -> int:
         """out_features."""
@@ -259,6 +297,41 @@ class GHLLinear(GHLLayer, nn.Linear):
 
 class GHLConv(GHLLayer, nn.modules.conv._ConvNd):
     """What the three convolutions share."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        rule: HebbianRule | None = None,
+        gate_at: GateAt = "backward",
+        sums_at: SumsAt = "forward",
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            rule=rule,
+            gate_at=gate_at,
+            sums_at=sums_at,
+        )
 
     @property
     def units(self) -> int:
@@ -317,10 +390,27 @@ class GHLConv3d(GHLConv, nn.Conv3d):
     """:class:`torch.nn.Conv3d` trained by a Hebbian rule; see :class:`GHLConv2d`."""
 
 
+def named_layers(model: nn.Module) -> dict[str, GHLLayer]:
+    """The GHL layers of a model by their qualified names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GHLLayer)}
+
+
+def computed_weight(module: nn.Module) -> tuple[str, str]:
+    """What a message says of a weight that is computed from other parameters, and what ends that."""
+    if parametrize.is_parametrized(module, "weight"):
+        return (
+            "its weight is parametrized (weight_norm, spectral_norm or the like)",
+            "remove it with torch.nn.utils.parametrize.remove_parametrizations first",
+        )
+    return (
+        "its weight is no parameter but computed by weight_norm, spectral_norm or pruning",
+        "remove it (remove_weight_norm, remove_spectral_norm, torch.nn.utils.prune.remove) first",
+    )
+
+
 def check_options(rule: object, gate_at: object, sums_at: object) -> None:
     """TypeError or ValueError unless these are a rule and two known options."""
-    if not isinstance(rule, HebbianRule):
-        raise TypeError(f"rule must be a HebbianRule, got {rule!r}")
+    _check.rule(rule)
     for name, value, choices in (
         ("gate_at", gate_at, get_args(GateAt)),
         ("sums_at", sums_at, get_args(SumsAt)),
@@ -345,6 +435,15 @@ def _refused_vmap() -> RuntimeError:
     return RuntimeError(
         "torch.func.vmap cannot train GHL layers: the rule is not linear in the data, and vmap would leave "
         "the plain gradient. Train the members of an ensemble in turn; eval mode and no_grad are fine"
+    )
+
+
+def _refused_tracing() -> RuntimeError:
+    return RuntimeError(
+        "torch.fx traces into a GHL layer in training, and would leave its torch operations without the "
+        "rule; use a tracer whose is_leaf_module is true of ghl_kernels.GHLLayer (for torchvision's "
+        "create_feature_extractor: tracer_kwargs={'leaf_modules': [ghl_kernels.GHLLayer]}). In eval mode a "
+        "layer traces as its torch layer, which trains by backpropagation"
     )
 
 

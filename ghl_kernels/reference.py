@@ -70,16 +70,19 @@ def conv_delta(
     rule: HebbianRule,
     *,
     stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
+    padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Normalised local update H, of weight's shape, of a convolution.
+    """Normalised local update H, of weight's shape, of a convolution with zero padding.
 
-    x (B, C, *size), u (B, N, *out_size), weight (N, C / groups, *kernel_size); zero padding on both sides.
+    x (B, C, *size), u (B, N, *out_size), both also without B; weight (N, C / groups, *kernel_size).
+
+    Raises:
+        ValueError: a padding that torch does not take: another word, or "same" with a stride other than 1.
     """
-    patches = _patches(x, weight.shape[2:], stride, padding, dilation, groups)
-    return _delta(patches, u.movedim(1, -1).reshape(-1, u.shape[1]), weight.flatten(1), rule).view_as(weight)
+    patches = _patches(_batched(x, weight), weight.shape[2:], stride, padding, dilation, groups)
+    return _delta(patches, _rows(u, weight), weight.flatten(1), rule).view_as(weight)
 
 
 def conv_weight_grad(
@@ -90,17 +93,19 @@ def conv_weight_grad(
     rule: HebbianRule,
     *,
     stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
+    padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Gated weight gradient, of weight's shape, of a convolution: grad_u = dL/du (B, N, *out_size)."""
-    patches = _patches(x, weight.shape[2:], stride, padding, dilation, groups)
-    H = _delta(patches, u.movedim(1, -1).reshape(-1, u.shape[1]), weight.flatten(1), rule)
+    """Gated weight gradient, of weight's shape, of a convolution: grad_u = dL/du, of u's shape.
+
+    Shapes and errors are those of :func:`conv_delta`.
+    """
+    patches = _patches(_batched(x, weight), weight.shape[2:], stride, padding, dilation, groups)
+    H = _delta(patches, _rows(u, weight), weight.flatten(1), rule)
     if rule.gate == "none":
         return -H.view_as(weight)
-    G = _correlate(grad_u.movedim(1, -1).reshape(-1, u.shape[1]), patches)
-    return gate(H, G).view_as(weight)
+    return gate(H, _correlate(_rows(grad_u, weight), patches)).view_as(weight)
 
 
 def gate(H: Tensor, G: Tensor) -> Tensor:
@@ -108,11 +113,21 @@ def gate(H: Tensor, G: Tensor) -> Tensor:
     return H.abs() * torch.sign(G) + (G - G)
 
 
+def _batched(t: Tensor, weight: Tensor) -> Tensor:
+    """x or u of a convolution with its batch dimension."""
+    return t.unsqueeze(0) if t.dim() == weight.dim() - 1 else t
+
+
+def _rows(u: Tensor, weight: Tensor) -> Tensor:
+    """u of a convolution as (P, N)."""
+    return _batched(u, weight).movedim(1, -1).flatten(0, -2)
+
+
 def _patches(
     x: Tensor,
     kernel_size: Sequence[int],
     stride: int | Sequence[int],
-    padding: int | Sequence[int],
+    padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
     groups: int,
 ) -> Tensor:
@@ -120,13 +135,21 @@ def _patches(
     dims = len(kernel_size)
 
     def per_dim(value: int | Sequence[int]) -> list[int]:
-        return [value] * dims if isinstance(value, int) else list(value)
+        values = [value] if isinstance(value, int) else list(value)
+        return values * dims if len(values) == 1 else values
 
-    pad = [side for size in reversed(per_dim(padding)) for side in (size, size)]
-    x = F.pad(x, pad)
-    for i, (size, step, spread) in enumerate(
-        zip(kernel_size, per_dim(stride), per_dim(dilation), strict=True)
-    ):
+    steps, spreads = per_dim(stride), per_dim(dilation)
+    if padding == "same":
+        if any(step != 1 for step in steps):
+            raise ValueError(f"padding='same' needs stride 1, got stride {stride!r}")
+        totals = [spread * (size - 1) for size, spread in zip(kernel_size, spreads, strict=True)]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    elif isinstance(padding, str) and padding != "valid":
+        raise ValueError(f"padding must be an int, ints, 'same' or 'valid', got {padding!r}")
+    else:
+        sides = [(size, size) for size in per_dim(0 if isinstance(padding, str) else padding)]
+    x = F.pad(x, [side for pair in reversed(sides) for side in pair])
+    for i, (size, step, spread) in enumerate(zip(kernel_size, steps, spreads, strict=True)):
         x = x.unfold(2 + i, spread * (size - 1) + 1, step)[..., ::spread]
     batch, channels, *rest = x.shape
     x = x.reshape(batch, groups, channels // groups, *rest)

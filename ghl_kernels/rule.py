@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 Activity = Literal["softmax", "linear", "relu", "binary"]
 Losers = Literal["silent", "anti"]
@@ -20,6 +20,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "normalize": get_args(Normalize),
     "gate": get_args(Gate),
 }
+
+
+# Kernels compute in float32, where larger temperatures are infinite and smaller ones 0 on some devices.
+_LEAST_TEMPERATURE, _LARGEST_TEMPERATURE = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
 
 
 class Competition(NamedTuple):
@@ -51,7 +55,8 @@ class HebbianRule:
         winners: ``None``: all units compete. An int k: the k largest u at a position keep their
             activity (ties go to the lowest index), all others are 0. A fraction f in (0, 1): k =
             max(1, ceil(f * N)); 1.0 is stored as ``None``.
-        temperature: of the softmax, > 0.
+        temperature: of the softmax, > 0, a normal float32 number (about 1.18e-38 to 3.40e38), which is what
+            kernels compute with.
         losers: ``"silent"``, or ``"anti"``: the activity of every unit but the single largest is negated.
         decay: R. ``"oja"``: :math:`R_k = \langle W_k, A_k \rangle W_k`; ``"instar"``:
             :math:`R_k = (\sum_p y_{pk}) W_k`; ``"none"``: 0; ``"subspace"``:
@@ -60,8 +65,25 @@ class HebbianRule:
             H / max(P, 1); ``"none"``: no scaling.
         gate: ``"sign"`` as above, or ``"none"``: weight.grad = -H and G is not computed.
 
+    Presets set these fields; all others can be given to them as well, as in ``kwta(4, normalize="filter")``:
+
+    ========================== ==============================================================
+    preset                     sets
+    ========================== ==============================================================
+    ``ghl(temperature)``       temperature
+    ``kwta(k)``                activity="linear", winners=k
+    ``softhebb(temperature)``  temperature, losers="anti", gate="none"
+    ``hard_wta()``             activity="binary", winners=1, gate="none"
+    ``oja()``                  activity="linear", normalize="mean", gate="none"
+    ``instar()``               decay="instar", normalize="mean", gate="none"
+    ``hpca()``                 activity="relu", decay="sanger", normalize="mean", gate="none"
+    ========================== ==============================================================
+
+    With ``normalize="layer"`` max |H| is 1: the learning rate of plain SGD is the largest change of a weight
+    in a step, whatever the data and the batch size. Choose it as a small part of the weights' own size.
+
     Raises:
-        TypeError: a field of the wrong type (``winners`` a bool, say).
+        TypeError: a field of the wrong type (``winners`` a bool, say), or one that the preset sets itself.
         ValueError: a value outside the above, NaN anywhere, or a combination that means nothing:
             anti with one winner, binary without winners, a temperature other than 1 without softmax.
 
@@ -121,60 +143,71 @@ class HebbianRule:
         return Competition(self.activity, self.winners_of(units), self.temperature, self.losers == "anti")
 
     def __str__(self) -> str:
-        changed = [
+        shown = [
             f"{field.name}={getattr(self, field.name)!r}"
             for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
+            if field.name in ("activity", "winners") or getattr(self, field.name) != field.default
         ]
-        return f"HebbianRule({', '.join(changed)})"
+        return f"HebbianRule({', '.join(shown)})"
 
     @classmethod
-    def ghl(cls, temperature: float = 1.0) -> HebbianRule:
+    def ghl(cls, temperature: float = 1.0, **fields: Any) -> HebbianRule:
         """Global-guided Hebbian learning: softmax competition, Oja decay, sign gate (arXiv 2601.21367).
 
         The authors' ``t_invert`` is 1 / temperature.
         """
-        return cls(temperature=temperature)
+        return cls(temperature=temperature, **fields)
 
     @classmethod
-    def kwta(cls, k: int | float) -> HebbianRule:
+    def kwta(cls, k: int | float, **fields: Any) -> HebbianRule:
         """GHL with k winners that keep their responses (k-winner-take-all), Oja decay, sign gate."""
-        return cls(activity="linear", winners=k)
+        return cls._preset("kwta", fields, activity="linear", winners=k)
 
     @classmethod
-    def softhebb(cls, temperature: float = 1.0) -> HebbianRule:
+    def softhebb(cls, temperature: float = 1.0, **fields: Any) -> HebbianRule:
         """SoftHebb: softmax with anti-Hebbian losers, Oja decay, purely local.
 
         Source: Journé et al., "Hebbian Deep Learning Without Feedback", ICLR 2023.
         """
-        return cls(temperature=temperature, losers="anti", gate="none")
+        return cls._preset("softhebb", fields, temperature=temperature, losers="anti", gate="none")
 
     @classmethod
-    def hard_wta(cls) -> HebbianRule:
+    def hard_wta(cls, **fields: Any) -> HebbianRule:
         """Hard winner-take-all: the largest unit has activity 1; Oja decay, purely local."""
-        return cls(activity="binary", winners=1, gate="none")
+        return cls._preset("hard_wta", fields, activity="binary", winners=1, gate="none")
 
     @classmethod
-    def oja(cls) -> HebbianRule:
+    def oja(cls, **fields: Any) -> HebbianRule:
         """Oja's rule averaged over positions, every unit on its own, purely local.
 
         Source: Oja, "A simplified neuron model as a principal component analyzer", 1982.
         """
-        return cls(activity="linear", normalize="mean", gate="none")
+        return cls._preset("oja", fields, activity="linear", normalize="mean", gate="none")
 
     @classmethod
-    def instar(cls) -> HebbianRule:
+    def instar(cls, **fields: Any) -> HebbianRule:
         """Soft competitive learning, sum_p y_pk (x_p - W_k) averaged over positions, purely local."""
-        return cls(decay="instar", normalize="mean", gate="none")
+        return cls._preset("instar", fields, decay="instar", normalize="mean", gate="none")
 
     @classmethod
-    def hpca(cls) -> HebbianRule:
+    def hpca(cls, **fields: Any) -> HebbianRule:
         """Hebbian PCA: Sanger's rule on rectified responses, averaged over positions, purely local.
 
         Source: Sanger, "Optimal unsupervised learning in a single-layer linear feedforward neural
         network", 1989; the rectifier after Lagani et al., "FastHebb", 2022.
         """
-        return cls(activity="relu", decay="sanger", normalize="mean", gate="none")
+        own = {"activity": "relu", "decay": "sanger", "normalize": "mean", "gate": "none"}
+        return cls._preset("hpca", fields, **own)
+
+    @classmethod
+    def _preset(cls, name: str, fields: dict[str, Any], **own: Any) -> HebbianRule:
+        taken = [field for field in own if field in fields]
+        if taken:
+            raise TypeError(
+                f"HebbianRule.{name} sets {', '.join(own)} itself, got {taken[0]}={fields[taken[0]]!r}; "
+                "dataclasses.replace changes a field of a rule"
+            )
+        return cls(**own, **fields)
 
 
 def _check_winners(winners: object) -> int | float | None:
@@ -198,4 +231,9 @@ def _check_temperature(temperature: object) -> float:
     value = float(cast(float, temperature))
     if not (math.isfinite(value) and value > 0.0):
         raise ValueError(f"temperature must be a finite number > 0, got {temperature!r}")
+    if not _LEAST_TEMPERATURE <= value <= _LARGEST_TEMPERATURE:
+        raise ValueError(
+            "temperature must be a normal float32 number, in "
+            f"[{_LEAST_TEMPERATURE}, {_LARGEST_TEMPERATURE}], got {temperature!r}"
+        )
     return value

@@ -14,7 +14,7 @@ import pytest
 import torch
 from reference_model import small_batches, small_network, summed_loss
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import ghl_kernels as ghl
 from ghl_kernels import HebbianRule
@@ -117,15 +117,17 @@ def test_exclusion_that_matches_nothing(exclude: Any) -> None:
     assert converted(model) == []
 
 
-@pytest.mark.parametrize("exclude", [3, [None], dict])
-def test_exclusion_of_the_wrong_type(exclude: Any) -> None:
-    with pytest.raises(TypeError, match=r"exclude takes|not iterable"):
+@pytest.mark.parametrize(
+    ("exclude", "shown"), [(3, "3"), (None, "None"), ([None], "None"), (dict, "<class 'dict'>")]
+)
+def test_exclusion_of_the_wrong_type(exclude: Any, shown: str) -> None:
+    with pytest.raises(TypeError, match=f"exclude takes names, globs, .* got {shown}"):
         ghl.convert(Nested(), exclude=exclude)
 
 
 def test_bare_layer_is_converted_itself() -> None:
     for layer in (nn.Linear(3, 4), nn.Conv2d(3, 4, 3)):
-        with pytest.warns(UserWarning, match="output layer"):
+        with pytest.warns(UserWarning, match=r"'\(model\)', which was converted: .*output layer"):
             assert ghl.convert(layer) is layer
         assert isinstance(layer, GHLLayer)
         assert ghl.revert(layer) is layer
@@ -156,15 +158,57 @@ def test_module_registered_twice_is_one_layer(caplog: pytest.LogCaptureFixture) 
         ghl.convert(model, gate_at="step")
     assert type(model[2]) is ghl.GHLLinear
     assert model[0] is model[2]
-    assert "converted 1 layers" in caplog.text
+    assert "converted 1 layer ('0'), kept '3'" in caplog.text
 
 
-def test_converting_twice_leaves_converted_layers_as_they_are() -> None:
-    model = ghl.convert(small_network(), HebbianRule.kwta(2))
-    with pytest.warns(UserWarning, match="no layer to convert"):
-        ghl.convert(model, HebbianRule.oja())
-    assert model[0].rule == HebbianRule.kwta(2)
+# --- a second time ------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+def test_converting_twice_changes_nothing() -> None:
+    options = {"gate_at": "step", "sums_at": "backward"}
+    model = ghl.convert(small_network(), HebbianRule.kwta(2), **options)
+    kept = [dict(vars(m)) for m in model.modules()]
+    assert ghl.convert(model, HebbianRule.kwta(2), **options) is model
+    assert [vars(m) for m in model.modules()] == kept
+    assert converted(model) == ["0", "3", "6"]
     assert type(model[8]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"rule": HebbianRule.oja()}, "rule"),
+        ({"gate_at": "step"}, "gate_at"),
+        ({"sums_at": "backward"}, "sums_at"),
+        ({"rule": HebbianRule.oja(), "gate_at": "step"}, "rule or gate_at"),
+    ],
+)
+def test_other_options_for_a_converted_model_are_refused(options: dict[str, Any], named: str) -> None:
+    model = ghl.convert(small_network())
+    kept = [dict(vars(m)) for m in model.modules()]
+    match = rf"no torch layer to convert but 3 GHL layers, 3 with another {named}; call revert\(model\)"
+    with pytest.raises(ValueError, match=match):
+        ghl.convert(model, **options)
+    assert [vars(m) for m in model.modules()] == kept
+    ghl.convert(ghl.revert(model), **options)
+    assert all(getattr(model[3], name) == value for name, value in options.items())
+
+
+def test_layers_that_differ_are_counted() -> None:
+    model = ghl.convert(small_network())
+    model[3].set_rule(HebbianRule.kwta(2))
+    with pytest.raises(ValueError, match="3 GHL layers, 1 with another rule;"):
+        ghl.convert(model)
+
+
+@pytest.mark.filterwarnings("error")
+def test_parts_of_a_model_by_rules_of_their_own() -> None:
+    model, rest = small_network(), HebbianRule.kwta(2)
+    for _ in range(2):
+        ghl.convert(model, exclude=["3", "6"])
+        ghl.convert(model, rest, exclude="0")
+    assert [model[i].rule for i in (0, 3, 6)] == [HebbianRule.ghl(), rest, rest]
 
 
 # --- what it says -------------------------------------------------------------------------------
@@ -180,6 +224,21 @@ def test_log_says_what_was_converted_and_kept(caplog: pytest.LogCaptureFixture) 
     assert all(name in before for name in NESTED if name != "encoder.block.mix")
     assert "encoder.block.mix" in after
     assert "decoder.head" in after
+
+
+@pytest.mark.filterwarnings("ignore:convert found no layer")
+def test_log_names_what_attention_keeps(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 3))
+    with caplog.at_level(logging.INFO, "ghl_kernels"):
+        ghl.convert(model)
+        ghl.convert(model)
+        ghl.convert(nn.MultiheadAttention(4, 2))
+    assert [record.getMessage() for record in caplog.records] == [
+        "converted 2 layers ('0.linear1', '0.linear2'), "
+        "kept '0.self_attn.in_proj', '0.self_attn.out_proj', '1'",
+        "converted 0 layers (none), kept '0.self_attn.in_proj', '0.self_attn.out_proj', '1'",
+        "converted 0 layers (none), kept 'in_proj', 'out_proj'",
+    ]
 
 
 def test_no_warning_where_the_last_layer_is_the_one_kept() -> None:
@@ -325,6 +384,48 @@ def test_revert_turns_layers_made_by_hand() -> None:
     assert [type(m) for m in model] == [nn.Conv1d, nn.Linear]
 
 
+def _wrapped(layer: nn.Module) -> nn.Module:
+    forward = layer.forward
+    layer.forward = lambda x: forward(x)
+    return layer
+
+
+class OfMyOwn(ghl.GHLLinear):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (parametrizations.weight_norm, "it is parametrized; call .*remove_parametrizations first"),
+        (lambda layer: parametrize.register_parametrization(layer, "bias", nn.Tanh()), "it is parametrized"),
+        (_wrapped, "its forward was replaced .* take the wrapper off first"),
+        (lambda layer: OfMyOwn(3, 4), "OfMyOwn is a subclass; replace it by hand"),
+    ],
+)
+def test_revert_refuses_what_has_no_torch_layer(
+    prepare: Callable[[nn.Module], nn.Module], message: str
+) -> None:
+    model = nn.Sequential(ghl.GHLLinear(2, 3), prepare(ghl.GHLLinear(3, 4)))
+    with pytest.raises(ValueError, match=f"cannot revert '1': {message}"):
+        ghl.revert(model)
+    assert type(model[0]) is ghl.GHLLinear
+    assert model[0].rule == HebbianRule.ghl()
+
+
+def test_layers_wrapped_after_convert_learn() -> None:
+    model = ghl.convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    _wrapped(model[0])
+    model(torch.randn(5, 3)).square().sum().backward()
+    assert model[0].weight.grad.abs().max() == 1
+
+
+def test_revert_once_the_parametrization_is_removed() -> None:
+    layer = parametrizations.weight_norm(ghl.GHLLinear(2, 3))
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(ghl.revert(layer)) is nn.Linear
+
+
 def test_revert_of_a_model_without_ghl_layers() -> None:
     model = small_network()
     assert ghl.revert(model) is model
@@ -418,6 +519,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral_norm, old": (_with(spectral_norm), "'1'.*remove_spectral_norm"),
     "pruned": (_with(_pruned), "'1'.*prune.remove"),
     "computed": (_with(_computed), "'1'.*no parameter"),
+    "forward replaced": (_with(_wrapped), r"'1'.*forward was replaced.*convert before it is wrapped"),
     "lazy": (_with(lambda layer: nn.LazyConv2d(4, 3)), "'1'.*lazy.*forward pass"),
     "integer": (_with(_integer), "'1'.*int8"),
     "complex": (_with(_complex), "'1'.*complex64"),
@@ -436,6 +538,18 @@ def _refuses(model: nn.Module, match: str, rule: HebbianRule | None = None) -> N
 def test_refusals(case: str) -> None:
     build, match = REFUSED[case]
     _refuses(build(), match)
+
+
+def test_refusals_name_a_model_that_is_the_layer() -> None:
+    _refuses(nn.LazyLinear(3), r"cannot convert '\(model\)': it is lazy")
+    layer = ghl.GHLLinear(3, 4, gate_at="step")
+    gate = ghl.StepGate(torch.optim.SGD(layer.parameters(), lr=0.1), layer)
+    assert repr(gate) == "StepGate(SGD, layers: (model))"
+    with pytest.raises(ValueError, match=r"'\(model\)' is attached to a StepGate"):
+        ghl.revert(layer)
+    gate.remove()
+    with ghl.Monitor(layer), pytest.raises(ValueError, match=r"'\(model\)' is watched by a Monitor"):
+        ghl.revert(layer)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -489,6 +603,23 @@ def test_sharded_weights(where: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     fully_shard(model if where == "root" else model[1], mesh=mesh)
     _refuses(model, "'0'.*before fully_shard" if where == "root" else "'1'.*before fully_shard")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("where", ["root", "layer"])
+def test_revert_of_sharded_layers(where: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(ghl.GHLLinear(4, 4), ghl.GHLLinear(4, 4))
+    fully_shard(model if where == "root" else model[1], mesh=init_device_mesh("cpu", (1,)))
+    if where == "layer":
+        with pytest.raises(ValueError, match="cannot revert '1': it was passed to fully_shard"):
+            ghl.revert(model)
+    else:
+        assert [type(m) for m in ghl.revert(model)] == [nn.Linear, nn.Linear]
+        assert model(torch.randn(2, 4)).shape == (2, 4)
 
 
 def test_wrong_types() -> None:

@@ -97,6 +97,12 @@ def test_exactly_k_win_whatever_ties(backend: str, case: dict[str, Any]) -> None
     assert bool((wins.sum(case["dim"]) == rule.winners_of(u.shape[case["dim"]])).all())
 
 
+@pytest.mark.parametrize(("temperature", "y"), [(2.0**-126, [0.0, 0.0, 1.0]), (3.4e38, [1 / 3] * 3)])
+def test_the_outermost_temperatures(backend: str, temperature: float, y: list[float]) -> None:
+    u = torch.tensor([[-0.5, 0.25, 0.5]])
+    torch.testing.assert_close(functional.compete(u, HebbianRule.ghl(temperature)), torch.tensor([y]))
+
+
 def test_kwta_is_compete(backend: str) -> None:
     u = torch.randint(-3, 4, (3, 11, 5)).float()
     assert torch.equal(functional.kwta(u, 4, 1), reference.kwta(u, 4, 1))
@@ -322,6 +328,23 @@ BAD = [
     ),
     ("gate", {"H": torch.ones(2, 3), "G": torch.ones(2, 3).int()}, TypeError, "G must be"),
 ]
+
+
+U = {"u": torch.ones(4, 5)}
+RULED: dict[str, dict[str, Any]] = {
+    "compete": U,
+    "linear_delta": _linear(),
+    "linear_weight_grad": _linear(grad_u=torch.ones(4, 5)),
+    "conv_delta": _conv(),
+    "conv_weight_grad": _conv(grad_u=torch.ones(2, 6, 4)),
+}
+
+
+@pytest.mark.parametrize("rule", ["softmax", None, HebbianRule, HebbianRule.ghl])
+@pytest.mark.parametrize("name", RULED)
+def test_rule_of_the_wrong_type(name: str, rule: Any) -> None:
+    with pytest.raises(TypeError, match="rule must be a HebbianRule, got "):
+        getattr(functional, name)(**RULED[name] | {"rule": rule})
 
 
 @pytest.mark.parametrize(("name", "arguments", "error", "message"), BAD)

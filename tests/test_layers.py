@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import LAYOUTS, Judgement, assert_as_good, assert_gated, embed, judge_delta, padded_input
 from strategies import LayerCase, crossover, layer_cases
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import ghl_kernels as ghl
 from ghl_kernels import HebbianRule, _dispatch, functional, reference
@@ -390,6 +391,11 @@ def test_second_derivatives_by_function_transforms_raise() -> None:
     assert all(grad.any() for grad in grads.values())
 
 
+def test_jacobian_of_the_input() -> None:
+    plain, ours, x = make("Linear")
+    torch.testing.assert_close(torch.func.jacrev(ours)(x), torch.func.jacrev(plain)(x))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gate", ["sign", "none"])
 def test_an_output_whose_gradient_is_undefined_has_no_part(backend: str, kind: str, gate: str) -> None:
@@ -542,6 +548,20 @@ def test_bad_input(backend: str, kind: str, method: str) -> None:
             call(x[0, 0])
 
 
+@pytest.mark.filterwarnings("ignore:.*(nested tensors is in prototype|support is in beta):UserWarning")
+@pytest.mark.parametrize("method", ["forward", "learn_"])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.jagged, torch.strided], ids=str)
+def test_only_dense_input(method: str, layout: torch.layout) -> None:
+    _, ours, x = make("Linear")
+    is_nested = layout in (torch.jagged, torch.strided)
+    other = (
+        torch.nested.as_nested_tensor([x, x[:2]], layout=layout) if is_nested else x.to_sparse(layout=layout)
+    )
+    kind = "nested" if is_nested else layout
+    with pytest.raises(TypeError, match=f"x must be a dense tensor, got a {kind} one"):
+        ours(other) if method == "forward" else ours.learn_(other, 0.1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_dtypes_need_autocast(backend: str, kind: str) -> None:
     _, ours, x = make(kind)
@@ -667,6 +687,92 @@ def test_hooks_and_parametrized_forward(backend: str, kind: str, training: bool)
         layer.train(training)
         layer.register_forward_hook(lambda module, inputs, out: 2 * out)
     assert torch.equal(ours(x), plain(x))
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+def test_gradients_mapped_over(backend: str, kind: str) -> None:
+    """As for Jacobians: of the input they are the torch layer's, of the weight they are refused."""
+    plain, ours, x = make(kind)
+    found = []
+    for layer in (plain, ours):
+        u = layer(x.requires_grad_())
+        directions = torch.randn(3, *u.shape, generator=torch.Generator().manual_seed(0))
+        found += torch.autograd.grad(u, [x], directions, is_grads_batched=True, retain_graph=True)
+    assert torch.equal(*found)
+    with pytest.raises(RuntimeError, match="is_grads_batched cannot map over ghl::gate_"):
+        torch.autograd.grad(u, [ours.weight], directions, is_grads_batched=True)
+
+
+class LeafTracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, ghl.GHLLayer) or super().is_leaf_module(m, module_qualified_name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gate_at", ["backward", "step"])
+def test_traced_by_fx(kind: str, gate_at: str) -> None:
+    plain, ours, x = make(kind, gate_at=gate_at)
+    model = nn.Sequential(ours, nn.ReLU())
+    with pytest.raises(RuntimeError, match=r"traces into a GHL layer in training.*is_leaf_module"):
+        fx.symbolic_trace(model)
+    leaf = fx.GraphModule(model, LeafTracer().trace(model))
+    assert leaf.get_submodule("0") is ours
+    assert torch.equal(fx.symbolic_trace(model.eval())(x), plain(x).relu())
+    model.train().requires_grad_(False)
+    assert torch.equal(fx.symbolic_trace(model)(x), plain(x).relu())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize(("inputs", "units"), [(0, 4), (5, 0), (0, 0)])
+@pytest.mark.parametrize("gate_at", ["backward", "step"])
+def test_empty_weights(backend: str, inputs: int, units: int, gate_at: str) -> None:
+    plain, ours = nn.Linear(inputs, units), ghl.GHLLinear(inputs, units, gate_at=gate_at)
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(6, inputs)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    if gate_at == "step":
+        gate = ghl.StepGate(optimizer, ours)
+    for theirs, mine in zip(run(plain, x), run(ours, x), strict=True):
+        assert_same_bits(mine, theirs)
+    assert ours.weight.grad.shape == (units, inputs)
+    assert torch.equal(ours.learn_(x, 0.1), plain(x))
+    optimizer.step()
+    if gate_at == "step":
+        gate.remove()
+
+
+COMPUTED = {
+    "weight_norm": (parametrizations.weight_norm, "parametrized.*remove_parametrizations"),
+    "spectral_norm": (parametrizations.spectral_norm, "parametrized.*remove_parametrizations"),
+    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "computed by.*prune.remove"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("computed", COMPUTED)
+@pytest.mark.parametrize("gate_at", ["backward", "step"])
+def test_weights_that_are_computed_cannot_learn(kind: str, computed: str, gate_at: str) -> None:
+    compute, message = COMPUTED[computed]
+    _, ours, x = make(kind, gate_at=gate_at)
+    compute(ours)
+    for call in (lambda: ours(x), lambda: ours.learn_(x, 0.1)):
+        with pytest.raises(RuntimeError, match=f"a GHL layer cannot learn where its weight is .*{message}"):
+            call()
+    assert ours.eval()(x).shape == make(kind)[1](x).shape
+    ours.train().requires_grad_(False)
+    assert not ours(x).requires_grad
+
+
+def test_a_computed_weight_that_is_made_a_parameter_again_learns() -> None:
+    _, ours, x = make("Linear")
+    prune.remove(prune.l1_unstructured(ours, "weight", 0.5), "weight")
+    parametrize.remove_parametrizations(parametrizations.weight_norm(ours), "weight")
+    run(ours, x)
+    assert ours.weight.grad.abs().max() == 1
+    parametrize.register_parametrization(ours, "bias", nn.Tanh())
+    ours.weight.grad = None
+    ours(x).sum().backward()
+    assert ours.weight.grad.abs().max() == 1
 
 
 def test_layer_equals_functional(backend: str) -> None:

@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ghl_kernels as ghl
-from ghl_kernels import HebbianRule
-from ghl_kernels.monitor import LayerReading
+from ghl_kernels import HebbianRule, LayerReading
 from ghl_kernels.nn import GHLLayer
 
 RULES = {
@@ -274,13 +273,28 @@ def test_opcheck() -> None:
     probe, weight = monitor._probes[""], layer.weight.detach()
     torch.library.opcheck(
         torch.ops.ghl.observe_responses_.default,
-        (probe.histogram, torch.randn(2, 5, 4, 4), weight, 1, probe.number),
+        (probe.histogram, torch.randn(2, 5, 4, 4), 1, probe.number),
     )
     sums = torch.randn_like(weight), torch.ones(1)
     for G in (torch.randn_like(weight), None):
         torch.library.opcheck(
             torch.ops.ghl.observe_rule_.default, (probe.totals, G, *sums, weight, probe.number)
         )
+
+
+def test_saved_tensors_that_are_copies() -> None:
+    """What backward is given as the weight may be another tensor, with versions of its own."""
+    layer = ghl.GHLLinear(5, 4)
+    monitor = ghl.Monitor(layer, every=4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(12):
+        optimizer.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            loss = layer(torch.randn(6, 5)).square().sum()
+        loss.backward()
+        optimizer.step()
+    (reading,) = monitor.read().values()
+    assert (reading.gates, reading.positions) == (3, 3 * 6)
 
 
 def test_every_and_reset() -> None:
@@ -349,6 +363,25 @@ def test_learn_is_observed() -> None:
             plain.measure(H, applied, None, weight)
     plain.check(monitor.read()[""], 1e-12)
     assert math.isnan(monitor.read()[""].agreement)
+
+
+def test_made_under_inference_mode() -> None:
+    model = _model(RULES["softmax"], "backward")
+    with torch.inference_mode():
+        monitor = ghl.Monitor(model, every=1)
+    _train(model, "backward", 2)
+    assert all(reading.gates == 2 for reading in monitor.read().values())
+
+
+def test_moved_under_inference_mode() -> None:
+    layer = ghl.GHLLinear(3, 2)
+    monitor = ghl.Monitor(layer)
+    probe = monitor._probes[""]
+    with torch.inference_mode():
+        probe.follow(torch.device("meta"))
+    assert probe.totals.is_meta
+    assert not probe.histogram.is_inference()
+    assert not probe.totals.is_inference()
 
 
 def test_what_does_not_learn_is_not_observed() -> None:
@@ -532,13 +565,50 @@ def test_scalars_and_table() -> None:
     assert scalars["3/row_norm_max"] == reading.row_norms.max()
     given = monitor.scalars({"layer": _reading([4, 0, 2, 2])})
     assert given["layer/entropy"] == pytest.approx(1.5)
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(monitor.table({"layer": _reading([4, 0, 2, 2]), "new": _reading([0, 0], gates=0)}))
-    first, second = console.export_text().splitlines()[4:6]
-    assert [cell.strip() for cell in first.strip("│").split("│")] == [
-        "layer", "4", "8", "1", "0.750", "75.0%", "4", "0.5", "1 - 1",
-    ]  # fmt: skip
-    assert "nan" in second
+    lines = _printed(monitor, {"layer": _reading([4, 0, 2, 2]), "new": _reading([0, 0], gates=0)}, width=140)
+    assert lines[-2].split() == ["layer", "4", "8", "1", "0.750", "75.0%", "4", "0.5", "1", "-", "1"]
+    assert "nan" in lines[-1]
+
+
+def _printed(monitor: ghl.Monitor, readings: dict[str, LayerReading], width: int) -> list[str]:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(monitor.table(readings))
+    return console.export_text().splitlines()
+
+
+def test_table_in_80_columns() -> None:
+    monitor = ghl.Monitor(ghl.GHLLinear(3, 2))
+    wins = [0] * 1204 + [123_456] * 844
+    extreme = {"agreeing": 5030, "opposed": 4970, "delta_max": 1.2345e-5, "delta_ratio": 1.2345e5}
+    norms = np.linspace(1.2345e-5, 1.2345e3, len(wins))
+    readings = {
+        "features.12": _reading([4, 0, 2, 2], row_norms=np.array([0.577, 1.234])),
+        "layer4.0.downsample.0": _reading(wins, row_norms=norms, **extreme),
+    }
+    *_, common = _printed(monitor, {"features.12": readings["features.12"]}, 80)
+    assert common.startswith("features.12 ")  # on one line, as is the range
+    assert common.endswith(" 0.58 - 1.2")
+    lines = _printed(monitor, readings, 80)
+    assert all(len(line) <= 80 for line in lines)
+    assert not any("…" in line for line in lines)
+    heading, body = "".join(lines[1:3]), lines[4:]
+    for word in ("layer", "units", "positions", "dead", "even-", "ness", "max |H|", "|H|/|W|", "row norm"):
+        assert word in heading
+    assert "".join(line[:8].strip() for line in body) == "".join(readings)
+    for cell in ("2048", "104,196,864", "1204", "50.3%", "1.23e-05", "1.23e+05", "1.2e-05", "1.2e+03"):
+        assert any(cell in line for line in body)
+
+
+def test_model_that_is_the_layer() -> None:
+    layer = ghl.GHLLinear(3, 2)
+    monitor = ghl.Monitor(layer)
+    layer(torch.randn(4, 3)).sum().backward()
+    assert {name.split("/")[0] for name in monitor.scalars()} == {"(model)"}
+    assert _printed(monitor, monitor.read(), 80)[-1].startswith("(model) ")
+    assert repr(monitor) == "Monitor((model))"
+    assert list(monitor.read()) == [""]
+    with pytest.raises(ValueError, match=r"'\(model\)' is watched"):
+        ghl.Monitor(layer)
 
 
 @pytest.mark.parametrize("layers", [1, 3, 40])

@@ -85,7 +85,8 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         sums = samples(name.removesuffix("_pair") + "_sums", dtype)
         return [(x, u, torch.randn_like(u), *rest) for x, u, *rest in sums]
     if name == "linear_grad":
-        inputs = samples("linear_sums", dtype) + [
+        inputs = [
+            *samples("linear_sums", dtype),
             (draw(300, 48), draw(300, 40)),
             (draw(48, 300).t(), draw(300, 40)),
         ]
@@ -466,6 +467,31 @@ def test_tensors_on_different_devices() -> None:
             ValueError, match="all tensors must be on one device, got x on cpu, weight on cuda"
         ):
             _check.floats(**tensors)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("device", ["CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1"])
+def test_every_device_has_a_kernel(name: str, device: str) -> None:
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"ghl::{name}", device)
+
+
+def test_sparse_tensors_have_no_kernel() -> None:
+    with pytest.raises(TypeError, match=r"x must be a dense tensor, got a torch\.sparse_coo one"):
+        ops.linear_sums(X.to_sparse(), U, *SOFTMAX, "oja")
+
+
+@pytest.mark.parametrize("mapped", range(3))
+def test_what_is_in_place_is_not_mapped_over(mapped: int) -> None:
+    tensors = [W.clone(), A.clone(), P.clone()]
+    in_dims = [0 if i == mapped else None for i in range(3)]
+    tensors[mapped] = torch.stack([tensors[mapped]] * 2)
+    for name, options in (("gate_", (W, 1, "oja", "layer")), ("learn_", (0.1, 1, "oja", "layer"))):
+
+        def call(*tensors: Tensor, name: str = name, options: tuple[Any, ...] = options) -> None:
+            getattr(ops, name)(*tensors, *options)
+
+        with pytest.raises(RuntimeError, match=f"is_grads_batched cannot map over ghl::{name}"):
+            torch.func.vmap(call, tuple(in_dims))(*tensors)
 
 
 def test_meta_tensors_have_no_kernel() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ghl_kernels import HebbianRule, reference
+from ghl_kernels import HebbianRule, functional, reference
 
 RULES = [
     HebbianRule(),
@@ -228,6 +230,48 @@ def test_the_patches_are_those_of_torch() -> None:
     rows = grad_u.movedim(1, -1).reshape(-1, 6).numpy()
     G = loop_delta(patches, rows, weight.detach().flatten(1).numpy(), rule)
     close(weight.grad, G.reshape(weight.shape))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("padding", ["same", "valid", 1, (2,), (1, 0)])
+@pytest.mark.parametrize("kernel", [(3, 2), (4, 1)])
+def test_padding_is_that_of_torch(kernel: tuple[int, int], padding: str | int | tuple[int, ...]) -> None:
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    weight = torch.randn(6, 2, *kernel, dtype=torch.float64, requires_grad=True)
+    arguments = {"padding": padding, "dilation": (1, 3), "groups": 2}
+    u = torch.nn.functional.conv2d(x, weight, **arguments)
+    u.backward(u.detach())
+    rule = HebbianRule(activity="linear", decay="none", normalize="none")
+    close(reference.conv_delta(x, u.detach(), weight.detach(), rule, **arguments), weight.grad.numpy())
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_unbatched_convolutions(dims: int) -> None:
+    x, u, grad_u = (torch.randn(c, *(6 - s,) * dims).double() for c, s in ((4, 0), (6, 2), (6, 2)))
+    weight = torch.randn(6, 4, *(3,) * dims).double()
+    one = [t.unsqueeze(0) for t in (x, u, grad_u)]
+    for rule in (HebbianRule(), HebbianRule(decay="instar"), HebbianRule(gate="none")):
+        H = reference.conv_delta(*one[:2], weight, rule)
+        gated = reference.conv_weight_grad(*one, weight, rule)
+        assert torch.equal(reference.conv_delta(x, u, weight, rule), H)
+        assert torch.equal(reference.conv_weight_grad(x, u, grad_u, weight, rule), gated)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"padding": "full"}, "got 'full'"), ({"padding": "same", "stride": 2}, "needs stride 1, got stride 2")],
+)
+def test_padding_that_torch_refuses(arguments: dict[str, Any], message: str) -> None:
+    x, u, weight = torch.ones(1, 2, 5), torch.ones(1, 3, 5), torch.ones(3, 2, 3)
+    with pytest.raises(ValueError, match=message):
+        reference.conv_delta(x, u, weight, HebbianRule(), **arguments)
+
+
+def test_arguments_are_those_of_functional() -> None:
+    for name, theirs in vars(functional).items():
+        if inspect.isfunction(theirs) and theirs.__module__ == functional.__name__ and name[0] != "_":
+            ours = inspect.signature(getattr(reference, name))
+            assert ours == inspect.signature(theirs), name
 
 
 def test_linear_weight_grad() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -99,6 +101,15 @@ def test_bad_temperature_is_refused(temperature: Any, error: type[Exception]) ->
     assert repr(temperature) in str(caught.value)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-45, 1e-40, 1.1754943e-38, 3.4028236e38, 1e39])
+def test_temperature_that_float32_has_not_is_refused(temperature: float) -> None:
+    message = (
+        f"normal float32 number, in [1.1754943508222875e-38, 3.4028234663852886e+38], got {temperature!r}"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HebbianRule.ghl(temperature)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -187,8 +198,9 @@ def test_equality_hash_and_pickle() -> None:
         dataclasses.replace(rule, winners=1)
 
 
-def test_str_shows_what_is_not_the_default() -> None:
-    assert str(HebbianRule()) == "HebbianRule()"
+def test_str_shows_the_competition_and_what_is_not_the_default() -> None:
+    assert str(HebbianRule()) == "HebbianRule(activity='softmax', winners=None)"
+    assert eval(str(HebbianRule())) == HebbianRule()
     rule = HebbianRule(activity="linear", winners=0.02, normalize="filter")
     assert str(rule) == "HebbianRule(activity='linear', winners=0.02, normalize='filter')"
     assert eval(str(rule)) == rule
@@ -212,6 +224,52 @@ def test_str_shows_what_is_not_the_default() -> None:
 )
 def test_presets(preset: HebbianRule, fields: dict[str, Any]) -> None:
     assert preset == HebbianRule(**fields)
+
+
+ROWS = re.findall(r"^ *``(\w+)\((\w*)\)`` +(\S.*)$", str(HebbianRule.__doc__), re.MULTILINE)
+ARGUMENTS = {"temperature": 0.5, "k": 4}
+OTHERS = {
+    "activity": "relu",
+    "winners": 3,
+    "temperature": 2.0,
+    "losers": "anti",
+    "decay": "none",
+    "normalize": "filter",
+    "gate": "none",
+}
+
+
+@pytest.mark.parametrize(("name", "argument", "sets"), ROWS, ids=[row[0] for row in ROWS])
+def test_presets_set_what_is_documented_and_take_the_rest(name: str, argument: str, sets: str) -> None:
+    preset = functools.partial(getattr(HebbianRule, name), *([ARGUMENTS[argument]] if argument else []))
+    own = eval(f"dict({re.sub('^temperature', 'temperature=temperature', sets)})", dict(ARGUMENTS))
+    assert preset() == HebbianRule(**own)
+    for field, value in OTHERS.items():
+        if field in own:
+            with pytest.raises(TypeError, match=field):
+                preset(**{field: value})
+            continue
+        try:
+            expected = HebbianRule(**own, **{field: value})
+        except ValueError as error:
+            with pytest.raises(ValueError, match=re.escape(str(error))):
+                preset(**{field: value})
+        else:
+            assert preset(**{field: value}) == expected
+
+
+def test_presets_are_all_documented() -> None:
+    methods = {name for name, member in vars(HebbianRule).items() if isinstance(member, classmethod)}
+    assert {row[0] for row in ROWS} == {name for name in methods if not name.startswith("_")}
+
+
+def test_presets_say_what_they_set_themselves() -> None:
+    with pytest.raises(
+        TypeError, match=r"kwta sets activity, winners itself, got activity='relu'; .*replace"
+    ):
+        HebbianRule.kwta(4, activity="relu")
+    with pytest.raises(TypeError, match="normalise"):
+        HebbianRule.kwta(4, normalise="filter")
 
 
 def test_competition() -> None:
