@@ -28,7 +28,7 @@ _GATE, _DELTA, _LEARN = 0, 1, 2
 # With few rows a unit's list is too short to pay for a pass over its part of A, and the crossover is lower.
 # Decided here and not by _dispatch.prefers_sparse, which must not depend on the batch.
 _FEW_ROWS = 256
-_FEW_ROWS_CROSSOVER = 0.02
+_FEW_ROWS_CROSSOVER = 0.01
 
 # Of fewer, the call of our kernel takes longer than torch's product.
 _LEAST_PRODUCTS = 1 << 19
@@ -122,7 +122,7 @@ def linear_winner_sums(
     """As linear_sums, from the winners' lists (P, k), at a cost of k / N of the dense product."""
     few_rows = unit.shape[0] < _FEW_ROWS and unit.shape[1] > _FEW_ROWS_CROSSOVER * units
     if decay not in _DECAY or few_rows:
-        return eager.linear_winner_sums(x, unit, activity, units, decay)
+        return eager.linear_winner_sums(x, unit, activity, units, decay, _add_outer)
     x = x.reshape(-1, x.shape[-1])
     A = x.new_empty((units, x.shape[1]), dtype=torch.float32)
     return A, _correlate(x, unit, activity, A, Geometry((), (), (), (), 1), decay)

@@ -207,12 +207,12 @@ def _contiguous_strides(shape: tuple[int, ...]) -> list[int]:
 
 
 def linear_winner_sums(
-    x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str
+    x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str, outer: Outer | None = None
 ) -> tuple[Tensor, Tensor]:
     """As linear_sums, from the winners' lists (P, k)."""
     x = x.reshape(-1, x.shape[-1])
     y = _scatter(unit, activity, units)
-    A = add_outer(None, x, y)
+    A = (outer or add_outer)(None, x, y)
     moments = new_moments(units, 1, decay, y.shape[0], y.dtype, x.device)
     add_moments(moments, y, 1, decay)
     return A, moments
