@@ -25,6 +25,10 @@ class Processes:
         weights: the gated ones, all sharded over one mesh of devices or none of them sharded.
         given: the user's process group, or None.
 
+    Attributes:
+        groups: reduced over in turn; empty where there are no other processes.
+        is_sharded: whether the weights are.
+
     Raises:
         ValueError: several processes and none of the three says which; or sharded weights that
             do not agree.
@@ -34,9 +38,9 @@ class Processes:
         self._ddp = _wrapper(model)
         self.is_sharded = any(is_sharded(weight) for weight in weights)
         if self.is_sharded:
-            self._groups = _groups_of_shards(weights, given)
+            self.groups = _groups_of_shards(weights, given)
         else:
-            self._groups = _groups(self._ddp, given)
+            self.groups = _groups(self._ddp, given)
 
     def sums(self, members: Sequence[Attachment]) -> list[list[Tensor] | None]:
         """[A, moments] of every member over all processes, None where it has no gradient.
@@ -45,7 +49,7 @@ class Processes:
             RuntimeError: as Attachment.sums, a gradient that no process has sums for, or a step within
                 DistributedDataParallel.join.
         """
-        if not self._groups:
+        if not self.groups:
             return [member.sums() for member in members]
         self._refuse_join()
         local = [member.sums(shared=True) for member in members]
@@ -56,7 +60,7 @@ class Processes:
 
     def maximum(self, values: Tensor) -> Tensor:
         """The largest over all processes, elementwise and in place."""
-        for group in self._groups:
+        for group in self.groups:
             torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group)
         return values
 
@@ -67,7 +71,7 @@ class Processes:
         for kind in sorted(set(kinds)):
             members = [i for i, own in enumerate(kinds) if own == kind]
             flat = torch.cat([t.flatten() for i in members for t in local[i]])
-            for group in self._groups:
+            for group in self.groups:
                 torch.distributed.all_reduce(flat, group=group)
             parts = iter(flat.split([t.numel() for i in members for t in local[i]]))
             for i in members:

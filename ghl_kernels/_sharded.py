@@ -9,31 +9,48 @@ processes. This is exact where a row's decay needs that row alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
+from ghl_kernels import _check
 from ghl_kernels._processes import Processes, is_sharded
 from ghl_kernels.backends.eager import EPS, sum_dtype
 from ghl_kernels.nn import GHLLayer
-from ghl_kernels.step_gate import Attachment
+from ghl_kernels.step_gate import Attachment, _untraced
 
 
 class ShardedAttachment(Attachment):
     """One layer's part in a StepGate where its weight is sharded by rows.
 
-    FSDP keeps the gradient of a pass without gradient sync beside the gathered weight, and adds it to that
-    of the sharded one later. ``_accumulated[0]`` counts those passes whose gradient has arrived there.
+    A pass leaves its gradient beside the gathered weight, where it is counted. There it waits until FSDP
+    reduces it, at the end of that pass or, without gradient sync, of a later one, and adds it to weight.grad.
     """
 
     weight: DTensor
 
-    def __init__(self, name: str, layer: GHLLayer, optimizer: Optimizer, processes: Processes) -> None:
+    def __init__(
+        self, name: str, layer: GHLLayer, optimizer: Optimizer, processes: Processes, record: Any
+    ) -> None:
         self._processes = processes
+        self._record = record
+        self._gathered: Tensor | None = None  # the weight of the passes, once its gradients are counted
+        self._is_counted = False  # since FSDP reduced
+        self._is_waiting = False
+        self._has_arrived = False  # weight.grad is more than what waits
         super().__init__(name, layer, optimizer)
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        """As for a whole weight."""
+        leaves, weight = super().leaves(), self.layer.weight
+        if weight is not self._gathered and not torch.compiler.is_compiling():
+            self._gathered = weight
+            self._handles[2:] = [weight.register_hook(self._count_gradient)]
+        return leaves
 
     def delta(self, A: Tensor, moments: Tensor) -> Tensor:
         """H of this process's rows; where it is normalized over the layer, before that."""
@@ -77,13 +94,22 @@ class ShardedAttachment(Attachment):
         return whole.redistribute(placements=placements).to_local()
 
     def _is_attached(self, weight: Tensor) -> bool:
-        return not is_sharded(weight) and weight.shape == self.weight.shape
+        if is_sharded(weight) or weight.shape != self.weight.shape:
+            return False
+        record = self._record
+        if record is None or torch.compiler.is_compiling():
+            return True
+        return record.sharded_param is self.weight and getattr(record, "_unsharded_param", None) is weight
+
+    def _is_registered(self) -> bool:
+        weight = self.layer.weight
+        return weight is self.weight or not is_sharded(weight)  # it may be gathered still
 
     def _drop(self) -> None:
-        arrived, passed = self._accumulated
-        if arrived >= passed:
+        if not self._is_waiting:
+            self._has_arrived = False
             super()._drop()
-        elif arrived:
+        elif self._has_arrived:
             raise RuntimeError(
                 f"the gradient of {self.name!r} was zeroed after a pass without gradient sync, which FSDP "
                 "has yet to add to it; run the pass that reduces it first"
@@ -92,31 +118,58 @@ class ShardedAttachment(Attachment):
     def _local(self, tensor: Tensor) -> Tensor:
         return cast(DTensor, tensor).to_local().detach()
 
-    def _misses_sums(self) -> bool:
-        arrived, passed = self._accumulated
-        return arrived > passed
+    def _refusal(self, grad: Tensor) -> str | None:
+        if self._is_waiting:
+            return (
+                f"FSDP has yet to reduce the gradient of a pass through {self.name!r} without gradient sync; "
+                "step after the pass that reduces it"
+            )
+        return super()._refusal(grad)
 
-    def _end_pass(self, weight: Tensor) -> None:
-        arrived, passed = self._accumulated
+    def _begin_pass(self) -> None:
+        super()._begin_pass()
+        self._is_waiting = True
+
+    @_untraced
+    def _count_gradient(self, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            self._begin_pass()
+            self._accumulated[0] += 1
+            self._is_counted = True
+
+    def _end_gradient(self, weight: Tensor) -> None:
+        if not self._is_counted:  # in a compiled layer, or before the first pass in training mode
+            passes, with_sums = self._accumulated
+            self._accumulated[0] = with_sums if self._is_waiting else passes + 1
+        self._is_counted = self._is_waiting = False
+        self._has_arrived = True
         self._fresh_starts = 0  # zeroing in place need not count a version of a DTensor
-        super()._end_pass(weight)
-        if passed > arrived:
-            self._accumulated[0] = passed
+        if weight.grad is not None:
+            self._end_pass(weight.grad)
+
+    def _is_alive(self, grad: Tensor) -> Tensor:
+        return self._processes.maximum(self._local(grad).any().float()) != 0
 
     def _zeroed(self, grad: Tensor) -> Tensor | None:
-        arrived, passed = self._accumulated
-        if passed > arrived:  # whatever it is, FSDP holds a gradient that will be added to it
+        is_untouched = self._is_untouched(grad)
+        if self._is_waiting and is_untouched:
             return None
         # some process may hold nothing but rows without a gradient
         is_alive = self._local(grad).any()
-        was_alive = self._was_alive if self._is_untouched(grad) else None
+        was_alive = self._was_alive if is_untouched else None
         was_alive = torch.ones_like(is_alive) if was_alive is None else was_alive
         is_alive, was_alive = self._processes.maximum(torch.stack([is_alive, was_alive]).float())
         return (is_alive == 0) & (was_alive != 0)
 
+    def _forget(self, zeroed: Tensor | None) -> None:
+        if not self._is_waiting:
+            super()._forget(zeroed)
+        elif self._has_arrived and zeroed is not None:  # among them are those of what waits
+            self._doubt = self._doubt | zeroed
+
 
 def attach(
-    layers: Sequence[tuple[str, GHLLayer]], optimizer: Optimizer, processes: Processes
+    model: nn.Module, layers: Sequence[tuple[str, GHLLayer]], optimizer: Optimizer, processes: Processes
 ) -> list[Attachment]:
     """The attachments of all layers.
 
@@ -124,8 +177,23 @@ def attach(
         ValueError: a weight sharded other than by rows, offloaded to the CPU, or whose decay mixes its rows.
     """
     for name, layer in layers:
-        _check_shards(name, layer)
-    return [ShardedAttachment(name, layer, optimizer, processes) for name, layer in layers]
+        _check_shards(repr(_check.label(name)), layer)
+    records = _records(model)
+    return [
+        ShardedAttachment(name, layer, optimizer, processes, records.get(id(layer.weight)))
+        for name, layer in layers
+    ]
+
+
+def _records(model: nn.Module) -> dict[int, Any]:
+    """What FSDP keeps of every sharded weight, by the weight's id, where this torch lets one see it.
+
+    It alone knows which sharded weight a gathered one is made of.
+    """
+    states = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
+    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", ())]
+    records = [record for group in groups for record in group.fsdp_params]
+    return {id(record.sharded_param): record for record in records}
 
 
 def gated(
@@ -151,22 +219,22 @@ def _largest(H: Tensor) -> Tensor:
     return H.abs().amax().double() if H.numel() else H.new_zeros((), dtype=torch.float64)
 
 
-def _check_shards(name: str, layer: GHLLayer) -> None:
+def _check_shards(shown: str, layer: GHLLayer) -> None:
     weight = cast(DTensor, layer.weight)
     *replicas, rows = weight.placements
     if type(rows) is not Shard or rows.dim != 0 or any(placement != Replicate() for placement in replicas):
         raise ValueError(
-            f"the weight of {name!r} must be sharded by rows, Shard(0) as fully_shard does by default, "
+            f"the weight of {shown} must be sharded by rows, Shard(0) as fully_shard does by default, "
             f"got {tuple(weight.placements)}"
         )
     if weight.device.type != weight.device_mesh.device_type:
         raise ValueError(
-            f"the weight of {name!r} is offloaded to {weight.device.type}; StepGate takes weights on the "
+            f"the weight of {shown} is offloaded to {weight.device.type}; StepGate takes weights on the "
             f"mesh's {weight.device_mesh.device_type} devices"
         )
     if layer.rule.decay in ("subspace", "sanger"):
         raise ValueError(
-            f"the decay {layer.rule.decay!r} of {name!r} mixes all rows of the weight, of which a process "
+            f"the decay {layer.rule.decay!r} of {shown} mixes all rows of the weight, of which a process "
             "holds some; shard a model with decay 'oja', 'instar' or 'none', or train with "
             "DistributedDataParallel"
         )

@@ -1,4 +1,4 @@
-"""GHLSGD: StepGate and torch.optim.SGD in one, each weight read and written once."""
+"""GHLSGD: StepGate and torch.optim.SGD in one; with the CUDA kernels, each weight read and written once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import SGD, sgd
 
+from ghl_kernels import _check
 from ghl_kernels._processes import is_sharded
 from ghl_kernels.step_gate import Attachment, Attachments
 
@@ -19,10 +20,11 @@ class GHLSGD(SGD):
         model = ghl.convert(model, gate_at="step")
         optimizer = ghl.GHLSGD(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
-    A step equals that of torch.optim.SGD under a :class:`StepGate` up to rounding. On GPUs the gate, the
-    weight decay, the momentum and the update of all layers of a parameter group are one pass over their
-    tensors. weight.grad is the plain gradient at all times; what StepGate says of accumulation, GradScaler,
-    clipping, closures and DDP holds here. All other parameters are torch.optim.SGD's.
+    A step equals that of torch.optim.SGD under a :class:`StepGate` up to rounding. The ``cuda`` backend
+    applies gate, weight decay, momentum and update to all layers of a parameter group in one pass over their
+    tensors; the others gate first, and then take torch's step. weight.grad is the plain gradient at all
+    times; what StepGate says of accumulation, GradScaler, clipping, closures and DDP holds here. All other
+    parameters are torch.optim.SGD's.
 
     Args:
         model: the model, or its DistributedDataParallel wrapper, whose process group is then used.
@@ -37,7 +39,8 @@ class GHLSGD(SGD):
         TypeError: ``model`` is not a module.
         ValueError: a value that torch.optim.SGD refuses, an option that is a tensor, sharded weights, no
             trainable weight of a layer with ``gate_at="step"``, layers that a StepGate or another GHLSGD
-            holds, or several processes without a process group.
+            holds or that share their weights, several processes without a process group, or layers that DDP
+            reduces over different ones.
 
     At the step, RuntimeError as for StepGate.
     """
@@ -55,8 +58,7 @@ class GHLSGD(SGD):
         params: Iterable[Any] | None = None,
         process_group: Any = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        _check.module(model)
         super().__init__(
             model.parameters() if params is None else params,
             lr,

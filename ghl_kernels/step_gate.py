@@ -9,18 +9,25 @@ accumulates them whenever, and only when, it accumulates weight.grad.
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ghl_kernels._processes import Processes
+from ghl_kernels import _check
+from ghl_kernels._processes import Processes, is_sharded
 from ghl_kernels.backends.eager import moments_size, sum_dtype
-from ghl_kernels.nn import GHLLayer
+from ghl_kernels.nn import GHLLayer, named_layers
+
+# For what looks at versions, identities and weak references, which a compiler would take for constants;
+# torch.compiler.disable loads the compiler at once, and this when a function is first called.
+_untraced = _disable_dynamo
 
 
 class _Seen(NamedTuple):
@@ -82,6 +89,7 @@ def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     """A hook that does not keep the method's object: torch holds it where no garbage collector looks."""
     reference = weakref.WeakMethod(method)
 
+    @_untraced
     def hook(tensor: Tensor) -> None:
         bound = reference()
         if bound is not None:
@@ -91,26 +99,53 @@ def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
 
 
 class Attachment:
-    """One layer's part in a StepGate: the leaves that receive its sums, and when those start afresh."""
+    """One layer's part in a StepGate: the leaves that receive its sums, and which gradient those belong to.
+
+    Sums count while weight.grad is the gradient of the very passes that made them, and nobody tells when it
+    is zeroed or changed. So it is looked at before a pass, and compared with what the last pass or step left:
+
+        ================================  ==========================================  ==================
+        weight.grad                       what happened                               its sums
+        ================================  ==========================================  ==================
+        None                              zeroed                                      are dropped
+        as it was left                    nothing; data.zero_() if it became 0        stay; become 0
+        changed, and 0                    zeroed in place                             become 0
+        changed, and not 0                clipped, unscaled, reduced                  stay
+        another tensor since the step     zeroed, and set by someone else             are dropped
+        changed since the step, several   zeroed, and reduced in a pass that did      are dropped
+          processes                         not use the layer here
+        not None, and without sums        likewise; of one process, no pass of ours   none: a doubt
+        ================================  ==========================================  ==================
+
+    Whether it is 0 is asked and answered on the device, which nothing waits for. What makes sums wrong (a
+    pass without any, a weight that changed) becomes a doubt when it can no longer be counted, and goes with
+    the sums. At the step weight.grad is looked at once more, and the doubt is asked. A gradient of 0 is
+    never refused: its sums are 0, whatever they were.
+    """
 
     def __init__(self, name: str, layer: GHLLayer, optimizer: Optimizer) -> None:
-        self.name = name
+        self.name = _check.label(name)
         self.layer = layer
         self._owner = weakref.ref(optimizer)
         self._A, self._moments = self._new_leaves()
         self.weight = weight = layer.weight  # the parameter that the optimizer holds
         self._handles = [
-            weight.register_hook(self._begin_pass),
-            weight.register_post_accumulate_grad_hook(_weakly(self._end_pass)),
+            weight.register_hook(self._begin_gradient),
+            weight.register_post_accumulate_grad_hook(_weakly(self._end_gradient)),
         ]
+        self._peers: Sequence[Attachment] = (self,)  # who looks when a pass of this one begins
+        self._is_shared = False  # weight.grad gets other processes' gradients, too
         self._pass: int | None = None
-        self._gradient: _Seen | None = None  # weight.grad as the last pass left it
+        self._seen: _Seen | None = None  # weight.grad as the last look or pass left it
         self._was_alive: Tensor | None = None  # whether that was other than 0, where it may be asked
+        self._was_look = False  # it was a look, and no pass has followed
         self._fresh_starts = 0  # passes in a row that found no weight.grad
         self._stepped: _Seen | None = None  # weight.grad as the last step left it, until the next pass
         self._weight_version: int | None = None
         self._swapped: tuple[Tensor, Tensor] | None = None  # plain and gated, while weight.grad is gated
-        self._accumulated = [0, 0]  # passes that added to weight.grad and to the sums
+        self._is_arriving = [False, False]  # a gradient, which may be undefined, at the weight and at A
+        self._accumulated = [0, 0]  # passes that added to weight.grad and to the sums, since it was changed
+        self._has_marks = False  # some pass's rule had no gate, and left a mark in place of G
         self._doubt: Tensor | bool = False  # parts of weight.grad may have no sums, or another weight's
         self._is_idle = False  # no pass of this process has a part in weight.grad
         self._watched: Tensor | None = None  # the weight before the step of an optimizer that is not ours
@@ -131,52 +166,54 @@ class Attachment:
                 "replaced (load_state_dict with assign=True) needs a new optimizer and StepGate"
             )
         if self._A.device != weight.device or self._A.dtype != sum_dtype(weight.dtype):
-            self._A, self._moments = self._new_leaves()
-        elif self.weight.grad is None and not torch.compiler.is_compiling():
+            self._convert_leaves()
+        if self.weight.grad is None and not torch.compiler.is_compiling():
             self._drop()  # now rather than in backward: a copy of the weights less at the peak
         return self._A, self._moments
 
     def sums(self, *, shared: bool = False) -> list[Tensor] | None:
         """The accumulated [A, moments] that belong to weight.grad, or None where there is no gradient.
 
-        Zeros where the gradient is ``shared`` and all of it came from other processes.
+        Zeros where the gradient is 0, or ``shared`` and all of it came from other processes.
 
         Raises:
             RuntimeError: a gradient without sums, or a weight that changed since they were made.
         """
-        weight = self.weight
-        if weight.grad is None:
+        weight, grad = self.weight, self.weight.grad
+        if grad is None:
             self._drop()
             return None
-        self._is_idle = shared and self._has_no_part(weight.grad)
-        if self._is_idle:
+        if not self._is_registered():
+            raise RuntimeError(
+                f"the weight of {self.name!r} was replaced (load_state_dict with assign=True) after its "
+                "backward pass; make a new optimizer and StepGate for the new parameter"
+            )
+        self._is_idle = shared and self._has_no_part(grad)
+        wrong = None if self._is_idle else self._refusal(grad)
+        if wrong is not None and self._is_alive(grad):  # waits for the device, where there is a reason to ask
+            raise RuntimeError(wrong)
+        if self._is_idle or wrong is not None:
             self._drop()
             return self.empty_sums()
-        differs = self._accumulated[0] != self._accumulated[1] or self._is_replaced()
-        if self._A.grad is None or self._moments.grad is None or differs:
-            raise RuntimeError(
-                f"weight.grad of {self.name!r} has no Hebbian sums: all or part of it was not made by a "
-                "backward pass through this layer in training mode, and the optimizer must not step on it"
-            )
-        if self._weight_version != weight._version:
-            raise RuntimeError(
-                f"the weight of {self.name!r} was changed between backward and the optimizer's step; "
-                "its sums belong to the old weight. Zero the gradients after changing a weight"
-            )
-        if self._doubt is not False and self._doubt:  # waits for the device, where there is a reason to ask
-            raise RuntimeError(
-                f"part of weight.grad of {self.name!r} has no Hebbian sums, or those of an earlier weight: a "
-                "pass that was not in training mode, or a change of the weight, came between the accumulated "
-                "passes. Zero the gradients after either"
-            )
         self._doubt = False
-        return [self._A.grad, self._moments.grad]
+        dtype = sum_dtype(weight.dtype)  # the model may have been converted since its backward pass
+        sums = [t.to(weight.device, dtype) for t in (self._A.grad, self._moments.grad) if t is not None]
+        if self.layer.rule.gate == "none" or self.layer._probe is not None:  # else the sign of 0 does it
+            _zero_where(self._zeroed(grad), sums)
+        return sums
 
     def empty_sums(self) -> list[Tensor]:
         """Zeros of the shapes of the sums: this process's share when it had no part in the gradient."""
-        return [
-            torch.zeros_like(leaf, memory_format=torch.contiguous_format) for leaf in (self._A, self._moments)
-        ]
+        weight = self.weight
+        zero = torch.zeros((), dtype=sum_dtype(weight.dtype), device=weight.device)
+        return [zero.new_zeros(leaf.shape) for leaf in (self._A, self._moments)]
+
+    def share(self, peers: Sequence[Attachment]) -> None:
+        """weight.grad is reduced over processes, also after passes in which this one does not use the layer.
+
+        A pass of any of ``peers`` is a reason to look, before such a gradient arrives.
+        """
+        self._peers, self._is_shared = peers, True
 
     def check_shared(self, total: list[Tensor]) -> None:
         """RuntimeError if weight.grad came from other processes, and they have no sums for it either."""
@@ -201,11 +238,13 @@ class Attachment:
             is_skipped = getattr(self._owner(), "found_inf", None)
             probe.observe_rule(G, A, moments, layer.weight.detach(), is_skipped)
 
+    @_untraced
     def watch_step_of(self, optimizer: Optimizer) -> None:
         """Before a step of an optimizer that holds the weight: keep it, as ``data`` may be changed unseen."""
         is_own = optimizer is self._owner() or self._swapped is not None
         self._watched = None if is_own or not self._is_pending() else self._local(self.weight).clone()
 
+    @_untraced
     def forbid_step_of(self, optimizer: Optimizer) -> None:
         """After a step of an optimizer that holds the weight: RuntimeError if it took the plain gradient."""
         before, self._watched = self._watched, None
@@ -238,6 +277,7 @@ class Attachment:
             weight.grad = plain
             self.follow_weight()
 
+    @_untraced
     def follow_weight(self) -> None:
         """Take the weight as it is now: the step itself has changed it."""
         self._weight_version = self.weight._version
@@ -252,28 +292,79 @@ class Attachment:
         _attached.pop(id(self.weight), None)
         del self.layer._attachment
 
+    def is_abandoned(self) -> bool:
+        """Whether the optimizer is gone, and with it whoever could have undone the attachment."""
+        return self._owner() is None
+
     def _new_leaves(self) -> tuple[Tensor, Tensor]:
         layer = self.layer
         zero = torch.zeros(1, dtype=sum_dtype(layer.weight.dtype), device=layer.weight.device)
         size = moments_size(layer.units, layer.filter_groups, layer.rule.decay)
         # Parameters, because a compiler takes their shapes as constants; unregistered and without storage
         A, moments = nn.Parameter(zero.expand(layer.weight.shape)), nn.Parameter(zero.expand(size))
-        self._leaf_handles = [leaf.register_hook(self._begin_pass) for leaf in (A, moments)]
-        self._leaf_handles.append(A.register_post_accumulate_grad_hook(_weakly(self._count_sums)))
+        self._leaf_handles = [
+            A.register_hook(self._begin_sums),
+            moments.register_hook(self._begin),
+            A.register_post_accumulate_grad_hook(_weakly(self._end_sums)),
+        ]
         return A, moments
+
+    def _convert_leaves(self) -> None:
+        """New leaves for a weight of another dtype or on another device; the sums so far come along."""
+        sums = self._A.grad, self._moments.grad
+        for handle in self._leaf_handles:  # a pass that is under way would add to the old ones
+            handle.remove()
+        self._A, self._moments = self._new_leaves()
+        for leaf, kept in zip((self._A, self._moments), sums, strict=True):
+            leaf.grad = None if kept is None else kept.to(leaf)
 
     def _is_attached(self, weight: Tensor) -> bool:
         """Whether what the layer computes with in a forward pass is this attachment's weight."""
         return weight is self.weight
 
+    def _is_registered(self) -> bool:
+        """Whether the layer's parameter still is this attachment's weight."""
+        return self.layer.weight is self.weight
+
     def _has_no_part(self, grad: Tensor) -> bool:
         """Whether no pass of this process has added to weight.grad since it was zeroed: DDP brought it."""
-        stale = self._stepped is not None and not self._stepped.still_is(grad)
-        return stale or not any(self._accumulated)
+        if self._stepped is not None:
+            return not self._stepped.still_is(grad)
+        return self._A.grad is None and not any(self._accumulated) and self._doubt is False
 
     def _is_pending(self) -> bool:
         """Whether weight.grad is the plain gradient of passes that no step has used."""
-        return self.weight.grad is not None and self._stepped is None and any(self._accumulated)
+        has_passes = self._A.grad is not None or any(self._accumulated)
+        return self.weight.grad is not None and self._stepped is None and has_passes
+
+    def _refusal(self, grad: Tensor) -> str | None:
+        """Why an optimizer must not step on weight.grad unless it is 0; None where it may."""
+        name = repr(self.name)
+        has_sums = self._A.grad is not None and self._moments.grad is not None
+        if not has_sums or self._misses_sums() or self._is_replaced(grad):
+            return (
+                f"weight.grad of {name} has no Hebbian sums: all or part of it was not made by a backward "
+                "pass through this layer in training mode, and the optimizer must not step on it"
+            )
+        if self._weight_version != self.weight._version:
+            return (
+                f"the weight of {name} was changed between backward and the optimizer's step; its sums "
+                "belong to the old weight. Zero the gradients after changing a weight"
+            )
+        if self._lacks_gradient():
+            return (
+                f"weight.grad of {name} is no gradient: its rule had gate='none' in some of the passes and "
+                "has gate='sign' now. Zero the gradients after such a set_rule"
+            )
+        if not self._is_untouched(grad):
+            self._doubt = self._doubt | self._had_nothing()
+        if self._doubt is not False and self._doubt:
+            return (
+                f"part of weight.grad of {name} has no Hebbian sums, or those of an earlier weight: a "
+                "gradient of no pass in training mode, or a change of the weight, came before or between "
+                "the accumulated passes. Zero the gradients after either"
+            )
+        return None
 
     def _local(self, tensor: Tensor) -> Tensor:
         """What this process holds of the weight or its gradient."""
@@ -283,27 +374,62 @@ class Attachment:
         """Between passes: whether some have added to weight.grad alone, or to the sums alone."""
         return self._accumulated[0] != self._accumulated[1]
 
-    def _is_replaced(self) -> bool:
+    def _lacks_gradient(self) -> bool:
+        """Whether the rule asks for signs that some pass did not compute."""
+        return self._has_marks and self.layer.rule.gate == "sign"
+
+    def _had_nothing(self) -> Tensor | bool:
+        """Whether weight.grad was 0 at a look that no pass has followed: nobody knows what made it more."""
+        was_alive = self._was_alive
+        return ~was_alive if self._was_look and not self._is_shared and was_alive is not None else False
+
+    def _is_replaced(self, grad: Tensor) -> bool:
         """Whether weight.grad is another tensor than at the last step, with no pass since."""
-        return self._stepped is not None and self._stepped.tensor() is not self.weight.grad
+        return self._stepped is not None and self._stepped.tensor() is not grad
+
+    def _is_alive(self, grad: Tensor) -> Tensor:
+        """Whether weight.grad is other than 0, in some process if its rows are spread."""
+        return self._local(grad).any()
 
     def _drop(self) -> None:
         self._A.grad = self._moments.grad = None
-        self._accumulated = [0, 0]
-        self._doubt = False
+        self._doubt = self._has_marks = False
         self._stepped = None
+        self._count_afresh()
+
+    def _count_afresh(self) -> None:
+        self._accumulated = [0, 0]
         self._weight_version = self.weight._version
 
-    def _count_sums(self, _: Tensor) -> None:
-        self._accumulated[1] += 1
+    @_untraced
+    def _begin_gradient(self, gradient: Tensor | None) -> None:
+        self._is_arriving[0] = gradient is not None
+        self._begin(gradient)
+
+    @_untraced
+    def _begin_sums(self, gradient: Tensor | None) -> None:
+        self._is_arriving[1] = gradient is not None
+        self._begin(gradient)
+
+    @_untraced
+    def _begin(self, gradient: Tensor | None) -> None:
+        if gradient is not None:  # an undefined one adds nothing, and its hooks are called all the same
+            self._begin_pass()
 
     @torch.no_grad()
-    def _begin_pass(self, _: Tensor) -> None:
-        """Before a backward pass adds to weight.grad or the sums: start afresh where weight.grad does."""
+    def _begin_pass(self) -> None:
+        """Before a backward pass adds to weight.grad or the sums."""
         current = torch._C._current_graph_task_id()
         if current == self._pass:
             return
-        self._pass = current
+        for peer in self._peers:
+            # not one whose sums a pass around this one has added, and whose gradient it has not yet
+            if peer is self or (peer._pass != current and not peer._misses_sums()):
+                peer._pass = current
+                peer._look()
+
+    def _look(self) -> None:
+        """See what has become of weight.grad, and let the sums follow."""
         weight = self.weight
         if self._swapped is not None:  # the optimizer raised in its step
             plain, gated = self._swapped
@@ -311,48 +437,76 @@ class Attachment:
             self.restore()
         grad = weight.grad
         self._fresh_starts = self._fresh_starts + 1 if grad is None else 0
-        # one that was replaced since the step was zeroed, and DDP has brought other processes' gradient
-        if grad is None or self._A.grad is None or self._is_replaced():
+        if grad is None:
             self._drop()
-        else:
+            return
+        if self._is_replaced(grad) or (self._is_shared and self._has_no_part(grad)):
+            self._drop()
+        if self._A.grad is not None:
             self._go_on_from(grad)
-        self._stepped = None
+        elif self._misses_sums() or not self._is_shared:
+            self._count_afresh()
+            self._doubt = self._is_alive(grad)
+        self._seen = _Seen.now(grad)
 
     def _go_on_from(self, grad: Tensor) -> None:
         """Forget the sums if weight.grad was zeroed in place; told on the device, which nothing waits for."""
         zeroed = self._zeroed(grad)
-        if zeroed is not None:
-            for leaf in (self._A, self._moments):
-                if leaf.grad is not None:
-                    leaf.grad.masked_fill_(zeroed, 0.0)
         is_changed = not self._is_untouched(grad)
-        # after a step the sums are of an earlier weight in any case
-        is_stale = self._stepped is None and self._weight_version != self.weight._version
-        is_wrong = is_changed and (self._misses_sums() or is_stale)
-        if is_wrong or self._doubt is not False:
-            self._doubt = (is_wrong or self._doubt) & (True if zeroed is None else ~zeroed)
+        has_moved = self._weight_version != self.weight._version
         if is_changed:
+            # after a step the sums are of an earlier weight in any case
+            is_wrong = self._misses_sums() or (has_moved and self._stepped is None) or self._lacks_gradient()
+            self._doubt = self._doubt | (is_wrong or self._had_nothing())
+        elif has_moved and self._was_look and self._was_alive is not None:
+            self._doubt = self._doubt | self._was_alive
             self._weight_version = self.weight._version
-            self._accumulated = [0, 0]
+        if self._doubt is not False and zeroed is not None:
+            self._doubt = self._doubt & ~zeroed
+        self._forget(zeroed)
+        if is_changed:
+            self._count_afresh()
+            self._has_marks &= self.layer.rule.gate == "none"  # else the doubt has them
+            self._was_alive, self._was_look = None if zeroed is None else ~zeroed, True
+
+    def _forget(self, zeroed: Tensor | None) -> None:
+        _zero_where(zeroed, [leaf.grad for leaf in (self._A, self._moments) if leaf.grad is not None])
 
     def _is_untouched(self, grad: Tensor) -> bool:
-        """Whether weight.grad is as the last pass left it, for all that its version says."""
-        return self._gradient is not None and self._gradient.still_is(grad)
+        """Whether weight.grad is as it was seen last, for all that its version says."""
+        return self._seen is not None and self._seen.still_is(grad)
 
     def _zeroed(self, grad: Tensor) -> Tensor | None:
-        """Whether weight.grad is 0 now and the last pass did not leave it so; None where it is not asked."""
+        """Whether weight.grad is 0 now and was not left so; None where it is not asked."""
         if not self._is_untouched(grad):
             return ~self._local(grad).any()
         # only grad.data.zero_() gets here with a gradient that was zeroed
         return None if self._was_alive is None else ~self._local(grad).any() & self._was_alive
 
-    def _end_pass(self, weight: Tensor) -> None:
+    def _end_gradient(self, weight: Tensor) -> None:
         grad = weight.grad
-        assert grad is not None
-        self._gradient = _Seen.now(grad)
+        if grad is not None and self._is_arriving[0]:  # a hook before this one may have taken it
+            self._accumulated[0] += 1
+            self._end_pass(grad)
+
+    def _end_sums(self, leaf: Tensor) -> None:
+        if leaf.grad is not None and self._is_arriving[1]:
+            self._accumulated[1] += 1
+            self._stepped = None
+
+    def _end_pass(self, grad: Tensor) -> None:
+        self._stepped = None
+        self._seen = _Seen.now(grad)
         # a reading of the gradient, spared where it is None again before every pass
         self._was_alive = self._local(grad).any() if self._fresh_starts < 2 else None
-        self._accumulated[0] += 1
+        self._was_look = False
+        self._has_marks |= self.layer.rule.gate == "none"
+
+
+def _zero_where(zeroed: Tensor | None, sums: list[Tensor]) -> None:
+    if zeroed is not None:
+        for t in sums:
+            t.masked_fill_(zeroed, 0.0)
 
 
 class Attachments:
@@ -360,18 +514,26 @@ class Attachments:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, process_group: Any) -> None:
         layers = _layers_held(optimizer, model)
+        if process_group is None:
+            process_group = _group_of_wrappers(model, layers)
+        self._wrappers = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
         self._processes = Processes(model, [layer.weight for _, layer in layers], process_group)
         self._members: list[Attachment]
         if self._processes.is_sharded:
-            self._members = _sharded().attach(layers, optimizer, self._processes)
-        else:
-            self._members = [Attachment(name, layer, optimizer) for name, layer in layers]
+            self._members = _sharded().attach(model, layers, optimizer, self._processes)
+            return
+        self._members = [Attachment(name, layer, optimizer) for name, layer in layers]
+        if self._processes.groups:
+            for member in self._members:
+                member.share(self._members)
 
     def __iter__(self) -> Iterator[Attachment]:
         return iter(self._members)
 
+    @_untraced
     def sums(self) -> list[tuple[Attachment, list[Tensor]]]:
         """[A, moments] of every layer that has a gradient; all layers are checked before any is returned."""
+        self._refuse_lossy_reduction()
         total = self._processes.sums(self._members)
         active = [(a, sums) for a, sums in zip(self._members, total, strict=True) if sums is not None]
         for attachment, sums in active:
@@ -383,6 +545,18 @@ class Attachments:
         if self._processes.is_sharded:
             return _sharded().gated(self.sums(), self._processes)
         return _gated(self.sums())
+
+    def _refuse_lossy_reduction(self) -> None:
+        hooks = [hook for wrapper in self._wrappers for hook, _ in wrapper._comm_hooks]
+        if not any(getattr(hook, "__name__", "").startswith("fp16_compress") for hook in hooks):
+            return
+        for member in self._members:
+            if member.layer.rule.gate == "none":
+                raise RuntimeError(
+                    f"weight.grad of {member.name!r}, whose rule has no gate, is a mark that float16 rounds "
+                    "to 0, and a communication hook of DistributedDataParallel reduces it in float16; use "
+                    "bf16_compress_hook or none"
+                )
 
     def detach(self) -> None:
         """Let go of the layers, which can then be attached again."""
@@ -411,8 +585,9 @@ class StepGate:
     Raises:
         TypeError: not an optimizer or a module.
         ValueError: LBFGS, an optimizer that holds none of the layers' weights, layers that another
-            StepGate holds, or several processes without a process group; weights sharded other than by
-            rows, or sharded with a decay that mixes rows (subspace, sanger).
+            StepGate holds or that share their weights; several processes without a process group, or layers
+            that DDP reduces over different ones; weights sharded other than by rows, or sharded with a decay
+            that mixes rows (subspace, sanger).
 
     At the step, RuntimeError for a weight.grad without sums, or a weight that was changed between
     backward and step: an optimizer never steps on a plain gradient unnoticed.
@@ -421,6 +596,7 @@ class StepGate:
     def __init__(self, optimizer: Optimizer, model: nn.Module, process_group: Any = None) -> None:
         self._attachments = Attachments(optimizer, model, process_group)
         self._optimizer = optimizer
+        self._rescaled: _Rescaled | None = None
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -440,6 +616,7 @@ class StepGate:
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a StepGate belongs to one optimizer and model and cannot be copied; make a new one")
 
+    @_untraced
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
         if closure is None:
@@ -459,21 +636,62 @@ class StepGate:
             return args, {**kwargs, "closure": gated_closure}
         return (args[0], gated_closure, *args[2:]), kwargs
 
+    @_untraced
     def _after_step(self, *_: Any) -> None:
         self._restore()
 
     def _restore(self) -> None:
         for attachment in self._attachments:
             attachment.restore()
+        if self._rescaled is not None:
+            self._rescaled.restore()
+        self._rescaled = None
 
     @torch.no_grad()
     def _gate(self) -> None:
         self._restore()
-        scale = getattr(self._optimizer, "grad_scale", None)
-        for attachment, gated in self._attachments.gated():
-            if scale is not None:  # fused optimizers divide by it; it lies on one of the model's devices
-                gated.mul_(scale.to(gated.device))
+        all_gated = list(self._attachments.gated())
+        for attachment, gated in all_gated:
             attachment.swap(gated)
+        scale = getattr(self._optimizer, "grad_scale", None)
+        if scale is None:
+            return
+        if any(gated.dtype == torch.float16 and gated.numel() for _, gated in all_gated):
+            self._rescaled = _Rescaled(self._optimizer, all_gated)
+            scale = self._rescaled.scale
+        for _, gated in all_gated:  # fused optimizers divide by it; it lies on one of the model's devices
+            gated.mul_(scale.to(gated.device))
+
+
+class _Rescaled:
+    """A smaller scale of a fused optimizer, so that float16 holds gated gradients times it.
+
+    GradScaler finds a scale that suits G. The size of a gated gradient is another, and one scale is for all:
+    the other gradients are scaled down with it, until :meth:`restore`.
+    """
+
+    def __init__(self, optimizer: Any, all_gated: list[tuple[Attachment, Tensor]]) -> None:
+        self._optimizer, self._given = optimizer, optimizer.grad_scale
+        self._others: list[tuple[Tensor, Tensor, Tensor]] = []
+        halves = [g for _, g in all_gated if g.dtype == torch.float16 and g.numel()]
+        largest = torch.stack([g.abs().amax().to(self._given) for g in halves]).amax()
+        fits = (torch.finfo(torch.float16).max / largest).log2().floor().exp2()  # powers of two round nothing
+        self.scale = torch.where(fits < self._given, fits, self._given)
+        gated = {id(attachment.weight) for attachment, _ in all_gated}
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and id(p) not in gated:
+                    plain, p.grad = p.grad, p.grad * (self.scale / self._given).to(p.grad.device)
+                    self._others.append((p, plain, p.grad))
+        optimizer.grad_scale = self.scale
+
+    def restore(self) -> None:
+        """The plain gradients and the scale are those of before."""
+        for p, plain, scaled in self._others:
+            if p.grad is scaled:
+                p.grad = plain
+        if getattr(self._optimizer, "grad_scale", None) is self.scale:
+            self._optimizer.grad_scale = self._given
 
 
 def _gated(active: list[tuple[Attachment, list[Tensor]]]) -> Iterator[tuple[Attachment, Tensor]]:
@@ -495,34 +713,91 @@ def _gated(active: list[tuple[Attachment, list[Tensor]]]) -> Iterator[tuple[Atta
 def _layers_held(optimizer: Optimizer, model: nn.Module) -> list[tuple[str, GHLLayer]]:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check.module(model)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             "StepGate cannot serve LBFGS: its line search needs the gradient of a function, "
             "which a gated gradient is not"
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    present = named_layers(model)
+    served = {name: layer for name, layer in present.items() if layer.gate_at == "step"}
     layers = [
         (name, layer)
-        for name, layer in _step_layers(model)
+        for name, layer in served.items()
         if id(layer.weight) in held and layer.weight.requires_grad  # a frozen layer is its torch layer
     ]
     if not layers:
-        count = len(list(_step_layers(model)))
-        raise ValueError(
-            f"the optimizer holds no trainable weight of the model's {count} layers with gate_at='step'"
-        )
+        raise ValueError(_nothing_to_serve(len(served), len(present)))
+    _check_shared(model, layers)
     for name, layer in layers:
-        if layer._attachment is not None:
-            raise ValueError(f"{name!r} is attached to a StepGate already; call its remove() first")
+        _check_attached(repr(_check.label(name)), layer)
     return layers
 
 
-def _step_layers(model: nn.Module) -> Iterator[tuple[str, GHLLayer]]:
+def _check_attached(shown: str, layer: GHLLayer) -> None:
+    """ValueError if a StepGate holds the layer or its weight, unless it has died with its optimizer."""
+    reference = _attached.get(id(layer.weight))
+    for attachment in (layer._attachment, None if reference is None else reference()):
+        if attachment is None:
+            continue
+        if not attachment.is_abandoned():
+            gc.collect()  # an optimizer that nobody holds is often part of a cycle
+        if not attachment.is_abandoned():
+            raise ValueError(f"{shown} is attached to a StepGate already; call its remove() first")
+        if attachment.layer._attachment is attachment:
+            attachment.detach()
+
+
+def _check_shared(model: nn.Module, layers: Sequence[tuple[str, GHLLayer]]) -> None:
+    owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, GHLLayer) and module.gate_at == "step":
-            yield name, module
+        for key, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append(f"{name}.{key}".lstrip("."))
+    for name, layer in layers:
+        sharing = owners.get(id(layer.weight), [])
+        if len(sharing) > 1:
+            raise ValueError(
+                f"the weight of {_check.label(name)!r} is shared ({', '.join(sharing)}): its gradient is of "
+                "all of them, and the rule's sums are one layer's; untie the weights"
+            )
+
+
+def _group_of_wrappers(model: nn.Module, layers: Sequence[tuple[str, GHLLayer]]) -> Any:
+    """The group over which DDP reduces all these layers' gradients; None where it has no part in them.
+
+    Raises:
+        ValueError: it reduces those of some layers and not of others, or over different groups.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return None
+    group_of = {
+        id(parameter): wrapper.process_group
+        for wrapper in model.modules()
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel)
+        for parameter in wrapper.parameters()
+    }
+    groups = [group_of.get(id(layer.weight)) for _, layer in layers if not is_sharded(layer.weight)]
+    if group_of and groups and (groups[0] is None or any(group is not groups[0] for group in groups)):
+        raise ValueError(
+            "DistributedDataParallel does not reduce the gradients of all layers with gate_at='step' over "
+            "one process group; make an optimizer and a StepGate for each part of the model, and give the "
+            "process_group of a part that has no wrapper"
+        )
+    return groups[0] if groups else None
+
+
+def _nothing_to_serve(served: int, present: int) -> str:
+    if served:
+        count = _check.counted(served, "layer")
+        return f"the optimizer holds no trainable weight of the model's {count} with gate_at='step'"
+    if present:
+        return (
+            f"the model has no layer with gate_at='step' but {_check.counted(present, 'GHL layer')} with "
+            "gate_at='backward'; pass gate_at='step' to convert, after revert(model) where it is converted"
+        )
+    return "the model has no GHL layer; pass it to convert with gate_at='step' first"
 
 
 def _sharded() -> Any:

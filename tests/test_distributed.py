@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 import ghl_kernels as ghl
 from ghl_kernels import HebbianRule
+from ghl_kernels.nn import GHLLayer
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without distributed"
@@ -94,7 +95,12 @@ def _rank(rank: int) -> dict[str, Any]:
     found["frozen"] = _frozen(rank)
     found["fused"] = _fused(rank)
     found["branches"] = {case: _branches(rank, *case) for case in BRANCHES}
+    found["passes"] = {case: _passes(rank, *case) for case in PASSES}
     found["gradient without sums"] = _message_for_gradient_without_sums()
+    found["gradient in eval mode"] = [_message_for_gradient_in_eval_mode(*case) for case in EVAL]
+    found["wrappers"] = {case: _message_for_wrappers(*case) for case in WRAPPED}
+    found["a group each"] = _a_group_each(rank)
+    found["float16 hook"] = _messages_for_hooks()
     found["float32"] = {rule: _float32(rank, rule) for rule in ("softmax", "kwta", "no gate")}
     found["join"] = _message_of_join(rank)  # last: it leaves the group in disorder
     return found
@@ -281,6 +287,131 @@ def _branches(rank: int | None, set_to_none: bool, bucket_view: bool, world: int
         loss.backward()
         optimizer.step()
     return [p.detach().clone() for p in model.parameters()]
+
+
+class _Branches(nn.Module):
+    """Layers that are called by number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = nn.ModuleList(nn.Linear(6, 4, bias=False) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, taken: tuple[int, ...]) -> Tensor:
+        return self.head(sum(self.branches[i](x) for i in taken).tanh())
+
+
+# Which branches the two processes take in each pass, all of which are reduced, and whether a step follows or
+# the gradients are zeroed without one.
+SCHEDULE: list[tuple[list[tuple[tuple[int, ...], tuple[int, ...]]], bool]] = [
+    ([((0, 1), (0, 1))], True),
+    ([((0,), (1,)), ((0, 1), (0, 1))], True),
+    ([((0, 1), (0, 1))], False),
+    ([((0,), (1,))], True),
+    ([((0, 1), (0,)), ((1,), (0, 1))], False),
+    ([((1,), (0,)), ((1,), (0, 1)), ((0,), (0,))], True),
+    ([((0, 1), (0, 1))], False),
+    ([((0,), (0,))], True),
+    ([((0, 1), (0, 1))], False),
+    ([], True),
+]
+PASSES = list(itertools.product(("softmax", "no gate"), (True, False), (True, False)))
+
+
+def _passes(rank: int | None, rule: str, set_to_none: bool, bucket_view: bool) -> list[Tensor]:
+    """The passes of a step are reduced one by one, and some are discarded."""
+    model: nn.Module = ghl.convert(_Branches().double(), RULES[rule], exclude=["head"], gate_at="step")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    wrapped = model
+    if rank is not None:
+        wrapped = DistributedDataParallel(
+            model, find_unused_parameters=True, gradient_as_bucket_view=bucket_view
+        )
+    ghl.StepGate(optimizer, wrapped)
+    for step, (passes, is_step) in enumerate(SCHEDULE):
+        for index, taken in enumerate(passes):
+            generator = torch.Generator().manual_seed(100 * step + index)
+            x = torch.randn(WORLD, 5, 6, generator=generator, dtype=torch.float64)
+            for mine in range(WORLD) if rank is None else [rank]:
+                loss = wrapped(x[mine], taken[mine]).square().mean()
+                (loss / WORLD if rank is None else loss).backward()
+        if is_step:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+# Whether the pass in eval mode comes first, and whether what came before it was zeroed in place.
+EVAL = list(itertools.product((True, False), (True, False)))
+
+
+def _message_for_gradient_in_eval_mode(is_first: bool, in_place: bool) -> str:
+    model = DistributedDataParallel(ghl.convert(_network(), gate_at="step"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    ghl.StepGate(optimizer, model)
+    batches = small_batches(2, 2, 2)
+    F.cross_entropy(model(batches[0][0]), batches[0][1]).backward()
+    optimizer.step()
+    optimizer.zero_grad(not in_place)
+    for i, (x, target) in enumerate(batches[1:]):
+        model.train(i == is_first)
+        F.cross_entropy(model(x), target).backward()
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    return str(error.value)
+
+
+# Which layers a wrapper reduces, and whether the second has a process group of its own.
+WRAPPED = [((0,), False), ((0, 1), True), ((0, 1), False)]
+
+
+def _wrapped_parts(wrapped: tuple[int, ...], has_own_group: bool) -> tuple[nn.Sequential, Any]:
+    own = torch.distributed.new_group() if has_own_group else None
+    model = nn.Sequential(*(ghl.GHLLinear(6, 6, gate_at="step", dtype=torch.float64) for _ in range(2)))
+    for i in wrapped:
+        model[i] = DistributedDataParallel(model[i], process_group=own if i == 1 else None)
+    return model, own
+
+
+def _message_for_wrappers(wrapped: tuple[int, ...], has_own_group: bool) -> str | None:
+    model, _ = _wrapped_parts(wrapped, has_own_group)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    try:
+        ghl.StepGate(optimizer, model)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _a_group_each(rank: int) -> bool:
+    """The gate of one part reduces over that part's group, wherever else in the model a wrapper is."""
+    model, own = _wrapped_parts((0, 1), True)
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.05)
+    return ghl.StepGate(optimizer, model)._attachments._processes._groups == [own]
+
+
+def _messages_for_hooks() -> list[str]:
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks as hooks
+
+    messages = []
+    for hook in (hooks.fp16_compress_hook, hooks.fp16_compress_wrapper(hooks.allreduce_hook)):
+        model = DistributedDataParallel(ghl.convert(_network(), RULES["no gate"], gate_at="step"))
+        model.register_comm_hook(None, hook)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        ghl.StepGate(optimizer, model)
+        ((x, target),) = small_batches(2)
+        F.cross_entropy(model(x), target).backward()
+        with pytest.raises(RuntimeError) as error:
+            optimizer.step()
+        messages.append(str(error.value))
+        for layer in model.modules():
+            if isinstance(layer, GHLLayer):
+                layer.set_rule(RULES["softmax"])
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+    return messages
 
 
 def _message_for_gradient_without_sums() -> str:
@@ -519,6 +650,39 @@ def test_layers_that_a_process_does_not_use(ranks: list[dict[str, Any]], case: t
     _assert_replicas_equal(replicas)
     for ours, alone in zip(replicas[0], _branches(None, *case), strict=True):
         torch.testing.assert_close(ours, alone, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", PASSES)
+def test_passes_that_a_process_or_a_step_leaves_out(
+    ranks: list[dict[str, Any]], case: tuple[str, bool, bool]
+) -> None:
+    """Gradients of other processes come where this one's were zeroed, in whatever way."""
+    replicas = [found["passes"][case] for found in ranks]
+    _assert_replicas_equal(replicas)
+    for ours, alone in zip(replicas[0], _passes(None, *case), strict=True):
+        torch.testing.assert_close(ours, alone, rtol=1e-9, atol=1e-10)
+
+
+def test_gradient_partly_of_a_pass_in_eval_mode(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        for message in found["gradient in eval mode"]:
+            assert "has no Hebbian sums" in message
+
+
+def test_layers_that_are_not_reduced_over_one_group(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        outside, apart, together = (found["wrappers"][case] for case in WRAPPED)
+        for message in (outside, apart):
+            assert "does not reduce the gradients of all layers with gate_at='step' over one" in message
+        assert together is None
+        assert found["a group each"]
+
+
+def test_reduction_that_rounds_marks_to_zero(ranks: list[dict[str, Any]]) -> None:
+    """Rules with a gate need none."""
+    for found in ranks:
+        for message in found["float16 hook"]:
+            assert "is a mark that float16 rounds to 0" in message
 
 
 def test_gradient_that_no_process_has_sums_for(ranks: list[dict[str, Any]]) -> None:

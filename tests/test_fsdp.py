@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,9 @@ MODES = {
     "no sync, zeroed in place": (3, True, False),
 }
 CASES = [
-    (rule, mode) for rule, mode in itertools.product(RULES, MODES) if rule == "softmax" or mode == "plain"
+    (rule, mode)
+    for rule, mode in itertools.product(RULES, MODES)
+    if rule == "softmax" or mode == "plain" or (rule == "no gate" and "in place" in mode)
 ]
 
 
@@ -94,6 +97,11 @@ def _rank(rank: int) -> dict[str, Any]:
     found["refused"] = {case: _message(refused) for case, refused in REFUSED.items()}
     found["unreduced"] = _message_for_unreduced_pass(rank)
     found["changed weight"] = _message_for_changed_weight()
+    found["eval mode"] = [_message_for_pass_in_eval_mode(rank, *case) for case in EVAL]
+    found["zeroed in place"] = _message_for_zeroing_in_place(rank)
+    found["not reduced"] = _message_for_pass_that_is_not_reduced(rank)
+    found["replaced"] = _message_for_replaced_weight(rank)
+    found["moved by nothing"] = {case: _step_of_no_pass(rank, *case) for case in NOTHING}
     return found
 
 
@@ -272,6 +280,90 @@ def _message_for_changed_weight() -> str:
     return str(error.value)
 
 
+def _attached(rule: str = "softmax") -> tuple[Any, torch.optim.Optimizer]:
+    model = _sharded(ghl.convert(_network(), RULES[rule], gate_at="step"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ghl.StepGate(optimizer, model)
+    return model, optimizer
+
+
+def _pass(model: Any, rank: int, *, seed: int, sync: bool = True) -> None:
+    ((x, target),) = small_batches(4, seed=seed)
+    model.set_requires_gradient_sync(sync)
+    F.cross_entropy(model(x[rank::2]), target[rank::2]).backward()
+
+
+def _refusal(optimizer: torch.optim.Optimizer) -> str:
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    return str(error.value)
+
+
+# Whether the pass in eval mode comes first, whether the first is reduced, whether they come after a step. Not
+# (True, False, False): nothing counts gradients of a weight that no pass in training mode has gathered yet.
+EVAL = list(itertools.product((True, False), (True, False), (True, False)))
+EVAL.remove((True, False, False))
+
+
+def _message_for_pass_in_eval_mode(rank: int, is_first: bool, sync: bool, is_later: bool) -> str:
+    model, optimizer = _attached()
+    if is_later:
+        _pass(model, rank, seed=0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.train(not is_first)
+    _pass(model, rank, seed=1, sync=sync)
+    model.train(is_first)
+    _pass(model, rank, seed=2)
+    return _refusal(optimizer)
+
+
+def _message_for_zeroing_in_place(rank: int) -> str:
+    """While a pass waits for its reduction."""
+    model, optimizer = _attached()
+    _pass(model, rank, seed=0)
+    _pass(model, rank, seed=1, sync=False)
+    optimizer.zero_grad(set_to_none=False)
+    _pass(model, rank, seed=2)
+    return _refusal(optimizer)
+
+
+def _message_for_pass_that_is_not_reduced(rank: int) -> str:
+    model, optimizer = _attached()
+    _pass(model, rank, seed=0)
+    _pass(model, rank, seed=1, sync=False)
+    message = _refusal(optimizer)
+    _pass(model, rank, seed=2)
+    optimizer.step()
+    return message
+
+
+def _message_for_replaced_weight(rank: int) -> str:
+    """The old parameter's shape is that of the new one, and FSDP gathers the new one."""
+    model, optimizer = _attached()
+    _pass(model, rank, seed=0)
+    optimizer.step()
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(RuntimeError) as error:
+        _pass(model, rank, seed=1)
+    return str(error.value)
+
+
+NOTHING = list(itertools.product(("softmax", "no gate"), (True, False), (True, False)))
+
+
+def _step_of_no_pass(rank: int, rule: str, is_later: bool, set_to_none: bool) -> bool:
+    """Whether a step moves anything when all passes since the last one were zeroed."""
+    model, optimizer = _attached(rule)
+    _pass(model, rank, seed=0)
+    if is_later:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none)
+    before = _whole(model)
+    optimizer.step()
+    return not all(torch.equal(a, b) for a, b in zip(before, _whole(model), strict=True))
+
+
 @pytest.fixture
 def alone() -> Iterator[None]:
     """A process group of this process."""
@@ -356,6 +448,33 @@ def test_zeroing_before_a_pass_is_reduced(ranks: list[dict[str, Any]]) -> None:
 def test_weight_changed_before_the_step(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert "changed between backward and the optimizer's step" in found["changed weight"]
+
+
+def test_pass_in_eval_mode(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert len(found["eval mode"]) == len(EVAL)
+        for message in found["eval mode"]:
+            assert "has no Hebbian sums" in message
+
+
+def test_zeroing_in_place_before_a_pass_is_reduced(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert "part of weight.grad of" in found["zeroed in place"]
+
+
+def test_step_before_a_pass_is_reduced(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert "FSDP has yet to reduce the gradient of a pass through '0'" in found["not reduced"]
+
+
+def test_parameters_that_load_state_dict_replaced(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert "needs a new optimizer and StepGate" in found["replaced"]
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_step_of_no_pass_moves_nothing(ranks: list[dict[str, Any]], case: tuple[str, bool, bool]) -> None:
+    assert not any(found["moved by nothing"][case] for found in ranks)
 
 
 def _replicated_shards(rank: int) -> dict[str, list[Tensor]]:

@@ -159,6 +159,23 @@ def test_zeroing_and_accumulation(set_to_none: bool, way: str) -> None:
             both.twin_optimizer.zero_grad(set_to_none)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("name", ["softmax", "no gate"])
+def test_step_after_zeroing_moves_nothing(name: str, set_to_none: bool, way: str) -> None:
+    """Whether a step used the pass or not."""
+    both = Both(network(RULES[name]))
+    for seed in range(2):
+        both.backward(3, seed=seed)
+        if seed:
+            both.step()
+        both.optimizer.zero_grad(set_to_none)
+        both.twin_optimizer.zero_grad(set_to_none)
+        kept = copy.deepcopy(both.model.state_dict())
+        both.step()
+        assert all(torch.equal(p, kept[key]) for key, p in both.model.named_parameters())
+        both.assert_equal(1e-6 if way == "fused" else 0.0)
+
+
 def test_gradients_stay_plain(way: str) -> None:
     both = Both(**OPTIONS["momentum"])
     both.backward(3, 5)
@@ -453,7 +470,7 @@ def test_wrong_model() -> None:
 
 
 def test_model_without_layers_to_serve() -> None:
-    with pytest.raises(ValueError, match="0 layers with gate_at='step'"):
+    with pytest.raises(ValueError, match="3 GHL layers with gate_at='backward'; pass gate_at='step'"):
         ghl.GHLSGD(ghl.convert(small_network()), lr=0.1)
     model = network()
     with pytest.raises(ValueError, match="no trainable weight of the model's 3 layers"):

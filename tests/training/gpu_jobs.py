@@ -195,4 +195,6 @@ JOBS: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
+    # float32 is compared with float64, or one way to compute it with another
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     JOBS[sys.argv[1]]()

@@ -151,6 +151,23 @@ def test_parameters_that_load_state_dict_replaced() -> None:
     run.train()
 
 
+@pytest.mark.parametrize("kind", ["StepGate", "GHLSGD"])
+def test_parameters_that_load_state_dict_replaced_after_backward(kind: str) -> None:
+    """The step would be that of the old parameters, which the model no longer has."""
+    model = _without_norm("step")
+    if kind == "GHLSGD":
+        optimizer: torch.optim.Optimizer = ghl.GHLSGD(model, lr=0.1)
+    else:
+        optimizer = sgd(model.parameters())
+        ghl.StepGate(optimizer, model)
+    model(small_batches(3)[0][0]).sum().backward()
+    old = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(RuntimeError, match=r"'0' was replaced .* make a new optimizer and StepGate"):
+        optimizer.step()
+    assert all(torch.equal(p, o) for p, o in zip(optimizer.param_groups[0]["params"], old, strict=True))
+
+
 def _replicate(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """As DataParallel does on two GPUs, but for the device that the copies lie on."""
     module = importlib.import_module("torch.nn.parallel.replicate")

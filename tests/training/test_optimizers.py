@@ -58,6 +58,18 @@ def test_steps_are_those_of_the_rule(name: str, gate_at: str) -> None:
     BesideReference(gate_at, OPTIMIZERS[name]).train()
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+def test_adam_discards_the_size_of_the_update(kind: Any) -> None:
+    """Why docs/training.md says to use SGD: the first step is the learning rate times the sign."""
+    layer = ghl.GHLLinear(20, 12, dtype=torch.float64)
+    optimizer = kind(layer.parameters(), lr=0.01, weight_decay=0.0)
+    before = layer.weight.detach().clone()
+    layer(torch.randn(50, 20, dtype=torch.float64)).square().sum().backward()
+    assert layer.weight.grad.abs().median() < 0.5
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach() - before, -0.01 * layer.weight.grad.sign())
+
+
 def test_what_is_to_change_the_gated_gradient_is_a_hook_after_the_gate() -> None:
     """As a wrapper's code between backward and the step it would see, and change, G alone."""
     run = BesideReference("step")
@@ -250,10 +262,11 @@ def test_other_optimizers_go_their_ways() -> None:
     run.assert_equal()
 
 
+@pytest.mark.parametrize("set_to_none", [True, False], ids=["to None", "in place"])
 @pytest.mark.parametrize(
     ("gate_at", "what"), [("backward", "whole step"), ("step", "whole step"), ("step", "optimizer")]
 )
-def test_compiled_step(gate_at: str, what: str) -> None:
+def test_compiled_step(gate_at: str, what: str, set_to_none: bool) -> None:
     """torch.compile around optimizer.step, and around forward, backward and step together."""
     torch._dynamo.reset()
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ELU(), nn.Linear(8, 5))
@@ -277,6 +290,6 @@ def test_compiled_step(gate_at: str, what: str) -> None:
         for batch in batches:
             run.reference.backward(batch)
         run.step_reference()
-        run.optimizer.zero_grad()
+        run.optimizer.zero_grad(set_to_none)
     run.assert_equal()
     torch._dynamo.reset()
