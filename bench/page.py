@@ -17,8 +17,8 @@ _INTRODUCTION = """\
 # Performance
 
 Written by `python -m bench.performance` from the documents in `bench/results/`; no measured number is typed
-by hand. A "ratio" is the median of the ratios of the rounds of one run, in each of which everything compared is
-timed once, in turn (`bench/interleave.py`); "times faster than" and "slower by" divide medians of times of
+by hand. A "ratio" is the median of the ratios of the rounds of one run, in each of which everything compared
+is timed once, in turn (`bench/interleave.py`); "times faster than" and "slower by" divide medians of times of
 the same rounds. Speed is printed only of what was compared with the float64 reference in the same run. The
 floor of an operation is max(bytes / copy bandwidth, operations / matrix rate) of that machine, measured in
 the same run (a CPU's matrix rate is the better of a library's product and a library's convolution), with
