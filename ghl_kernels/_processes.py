@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ghl_kernels.step_gate import Attachment
+    from ghl_kernels._attachment import Attachment
 
 
 def is_sharded(weight: Tensor | None) -> bool:

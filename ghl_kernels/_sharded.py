@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from ghl_kernels import _check
+from ghl_kernels._attachment import Attachment, untraced
 from ghl_kernels._processes import Processes, is_sharded
 from ghl_kernels.backends.eager import EPS, sum_dtype
 from ghl_kernels.nn import GHLLayer
-from ghl_kernels.step_gate import Attachment, _untraced
 
 
 class ShardedAttachment(Attachment):
@@ -130,7 +130,7 @@ class ShardedAttachment(Attachment):
         super()._begin_pass()
         self._is_waiting = True
 
-    @_untraced
+    @untraced
     def _count_gradient(self, gradient: Tensor | None) -> None:
         if gradient is not None:
             self._begin_pass()

@@ -24,8 +24,8 @@ from ghl_kernels.backends.eager import moments_size
 from ghl_kernels.rule import HebbianRule
 
 if TYPE_CHECKING:
+    from ghl_kernels._attachment import Attachment
     from ghl_kernels._probe import Probe
-    from ghl_kernels.step_gate import Attachment
 
 GateAt = Literal["backward", "step"]
 SumsAt = Literal["forward", "backward"]

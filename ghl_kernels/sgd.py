@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim.sgd import SGD, sgd
 
 from ghl_kernels import _check
+from ghl_kernels._attachment import Attachment
 from ghl_kernels._processes import is_sharded
-from ghl_kernels.step_gate import Attachment, Attachments
+from ghl_kernels.step_gate import Attachments
 
 
 class GHLSGD(SGD):

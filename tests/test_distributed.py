@@ -388,7 +388,7 @@ def _a_group_each(rank: int) -> bool:
     """The gate of one part reduces over that part's group, wherever else in the model a wrapper is."""
     model, own = _wrapped_parts((0, 1), True)
     optimizer = torch.optim.SGD(model[1].parameters(), lr=0.05)
-    return ghl.StepGate(optimizer, model)._attachments._processes._groups == [own]
+    return ghl.StepGate(optimizer, model)._attachments._processes.groups == [own]
 
 
 def _messages_for_hooks() -> list[str]:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ghl_kernels as ghl
-from ghl_kernels import HebbianRule, step_gate
+from ghl_kernels import HebbianRule, _attachment
 from ghl_kernels._processes import Processes
 from ghl_kernels.nn import GHLLayer
 
@@ -936,18 +936,18 @@ ATTACH: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 def test_model_that_nobody_holds_is_freed(attach: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
     """The gate was not removed, and a pass is pending."""
     gc.collect()
-    registered = len(step_gate._attached)
+    registered = len(_attachment._attached)
     model = ghl.convert(small_network(), RULE, gate_at="step")
     optimizer = attach(model)
     for batch in small_batches(4, 4, dtype=torch.float32):
         optimizer.step()
         summed_loss(model, batch).backward()
     held = [weakref.ref(model[0].weight), weakref.ref(model[0]._attachment), weakref.ref(optimizer)]
-    assert len(step_gate._attached) == registered + 3
+    assert len(_attachment._attached) == registered + 3
     del model, optimizer
     gc.collect()
     assert [reference() for reference in held] == [None, None, None]
-    assert len(step_gate._attached) == registered
+    assert len(_attachment._attached) == registered
 
 
 def test_gate_cannot_be_copied() -> None:
