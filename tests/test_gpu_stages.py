@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,19 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu import counters, cuda_form, forms, kwta, native_probes, pair, races, shapes, timing
+from bench.gpu import (
+    counters,
+    cuda_form,
+    forms,
+    kwta,
+    native_probes,
+    pair,
+    parity,
+    races,
+    shapes,
+    timing,
+    verdicts,
+)
 from bench.gpu import tests as gpu_tests
 from bench.gpu.stage import Options, Stage, read_json
 from bench.interleave import Spread
@@ -129,12 +142,45 @@ def test_entries_are_used_as_if_they_were_installed() -> None:
 def test_the_table_says_which_backend_selects_faster() -> None:
     timed = {"cuda y": seconds(1.0), "triton y": seconds(2.0), "cuda state": seconds(3.0)}
     timed |= {"triton state": seconds(2.0), "cuda lists": seconds(1.0), "triton lists": timing.Timed(None)}
+    timed |= {"cuda full state": seconds(1.0), "triton full state": seconds(2.0)}
     found = kwta._faster(kwta.SMALL[1], timed)
     assert {key.split("/")[1]: value for key, value in found.items()} == {
         "activities planes 4:cuda": True,
         "state planes 4:cuda": False,
-        "full_state planes 4:cuda": False,
+        "full_state planes 4:cuda": True,
     }
+
+
+def test_a_share_is_of_a_copy_in_the_same_rounds() -> None:
+    timed = {"cuda y": seconds(2.0), "cuda state": seconds(1.0), "copy": seconds(1.5), "B7c": seconds(20.0)}
+    assert kwta._shares("cuda y", timed) == {"of_copy_bandwidth": 0.75, "times_faster_than_topk": 10.0}
+    assert kwta._shares("cuda state", timed) == {"of_copy_bandwidth": 0.75, "times_faster_than_topk": 20.0}
+    assert kwta._shares("triton y", timed | {"triton y": timing.Timed(None)}) == {}
+
+
+def test_the_bars_of_selection_are_for_cases_that_are_measured() -> None:
+    assert set(verdicts.SELECTIONS.values()) <= set(map(str, kwta.CASES))
+
+
+def test_every_kernel_of_the_competition_is_watched() -> None:
+    sources = (
+        ROOT / "csrc/cuda" / name for name in ("compete_rows.cuh", "compete_planes.cuh", "compete_long.cu")
+    )
+    names = [re.search(r"__global__[^{]*?(\w+_kernel)\(", path.read_text(), re.DOTALL)[1] for path in sources]
+    assert names == ["rows_kernel", "planes_kernel", "long_kernel"]
+    assert all(re.search(counters.WATCHED.removeprefix("regex:"), name) for name in names)
+
+
+def test_parity_reaches_every_form_of_the_competition() -> None:
+    """Of 16 bits: 12, 16, 32 and 48 elements a lane, and rows of a block; in planes and in rows."""
+    limits = (384, 512, 1024, 1536, 1 << 31)
+    layers = (*parity.LAYERS, *parity.HOPPER, *parity.WIDE)
+    reached = {
+        (bool(layer.size) and layer.layout != "channels_last", next(n for n in limits if layer.units <= n))
+        for layer in layers
+    }
+    assert reached >= {(True, limit) for limit in limits}
+    assert reached >= {(False, limit) for limit in (384, 1024, 1536, 1 << 31)}
 
 
 def test_the_table_says_whose_kernels_are_faster_on_the_whole() -> None:

@@ -120,4 +120,19 @@ def test_every_bar_is_judged() -> None:
     assert found["auto, the pair and A alone: worst time over the best"] == "met"
     assert found["step, DeepHebb, winners=0.004: times compiled backprop"] == "met"
     assert found["memory, DeepHebb, winners=0.004: times backprop's"] == "MISSED"
-    assert found["k-WTA, cuda y: least share of the copy bandwidth"] == "not measured"
+    assert found["k-WTA, cuda y, rows: share of the bandwidth of a copy of u"] == "not measured"
+
+
+def test_selection_is_judged_where_its_bars_are() -> None:
+    case = verdicts.SELECTIONS["NCHW"]
+    rows = [
+        {"case": case, "what": "cuda y", "of_copy_bandwidth": 0.85, "times_faster_than_topk": 30.0},
+        {"case": case, "what": "cuda state", "of_copy_bandwidth": 0.55},
+        {"case": case, "what": "cuda full state", "of_copy_bandwidth": 0.7},
+        {"case": "16384x4096 rows k=16 fp32", "what": "cuda y", "of_copy_bandwidth": 0.1},
+    ]
+    found = {v.what: v.word for v in verdicts.verdicts({"kwta": document("kwta", kwta=rows)})}
+    assert found["k-WTA, cuda y, NCHW: share of the bandwidth of a copy of u"] == "met"
+    assert found["k-WTA, cuda state, NCHW: share of the bandwidth of a copy of u"] == "MISSED"
+    assert found["k-WTA, y, NCHW: times faster than topk and scatter"] == "met"
+    assert found["k-WTA, y, rows: times faster than topk and scatter"] == "not measured"

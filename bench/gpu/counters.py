@@ -20,25 +20,25 @@ from bench.gpu import stage
 from bench.gpu.layers import LAYERS, SMALL
 from bench.gpu.stage import KERNELS, Stage
 
-WATCHED = "regex:(correlate|compete|apply|pair)"
+WATCHED = "regex:(correlate|compete|rows_kernel|planes_kernel|long_kernel|apply|pair)"
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "Occupancy", "LaunchStats")
 LAYER = next(layer for layer in LAYERS if layer.name == "DeepHebb conv2")
 RULE = ghl.HebbianRule.kwta(8)
 
 
 def target(device: torch.device, dry: bool) -> None:
-    """One pair, one k-WTA and one gate on every backend of kernels."""
+    """One pair, a k-WTA in both layouts and one gate on every backend of kernels."""
     layer = SMALL[0] if dry else LAYER
     x, u, grad_u = layer.tensors(device, torch.bfloat16)
     weight = torch.randn(layer.weight_shape, device=device)
     options = {"padding": layer.kernel // 2}
     for backend in (status.name for status in ghl.backends() if status.name in KERNELS and status.available):
         with ghl.use_backend(backend):
-            y = ghl.functional.compete(u, RULE, 1)
+            activities = [ghl.functional.compete(one, RULE, 1) for one in (u, u.contiguous())]
             grad = ghl.functional.conv_weight_grad(
                 x, u, grad_u, weight.bfloat16(), ghl.HebbianRule.ghl(), **options
             )
-        if not (torch.isfinite(y).all() and torch.isfinite(grad).all()):
+        if not all(torch.isfinite(result).all() for result in (*activities, grad)):
             raise AssertionError(f"the watched kernels of {backend} computed something that is not finite")
 
 
@@ -57,7 +57,7 @@ def _profile(seconds: float) -> list[dict[str, Any]]:
     """One row a kernel: every metric of the sections, under Nsight Compute's names."""
     sections = [part for section in SECTIONS for part in ("--section", section)]
     command = ["ncu", "--clock-control", "none", "--csv", "--page", "raw", "--target-processes", "all"]
-    command += ["--kernel-name", WATCHED, "--launch-count", "16", *sections]
+    command += ["--kernel-name", WATCHED, "--launch-count", "24", *sections]
     command += [sys.executable, "-m", "bench.gpu.counters", "--target"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=max(5.0, seconds), env=dict(os.environ), check=False

@@ -1,7 +1,7 @@
 """Stage 4: A and G in one kernel, and A alone, by tile and against the library; the table of shapes.
 
 What is timed has first been compared with float32 sums, A and G of every contender. ``auto`` is timed last,
-with the shapes of the table, beside all that are as exact: the most that it may lose is in the design.
+with the shapes of the table, beside all that are as exact: verdicts.py has the most that it may lose.
 """
 
 from __future__ import annotations

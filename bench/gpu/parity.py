@@ -23,6 +23,7 @@ from bench.gpu.poison import poison
 from bench.gpu.stage import KERNELS, Stage
 from ghl_kernels import reference
 from ghl_kernels._geometry import make_geometry
+from ghl_kernels.backends import eager
 from ghl_kernels.rule import Competition, HebbianRule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,7 +94,15 @@ HOPPER = (
     Layer("tall steps", 12, 40, 136, (40, 11), (3, 2), (2, 1), (1, 0), layout="channels_last"),
     Layer("tall steps, u nchw", 12, 40, 136, (40, 11), (3, 2), (2, 1), (1, 0), layout="mixed"),
     Layer("3-d", 6, 40, 136, (9, 10, 9), (3, 2, 2), (2, 1, 1), (1, 0, 1), layout="channels_last"),
-    Layer("linear 1100", 2100, 96, 1100),
+    Layer("linear 1700", 2100, 96, 1700),
+)
+# Of the CUDA backend: every number of elements a lane, and the blocks for long rows in planes.
+WIDE = (
+    Layer("planes 500", 2, 16, 500, (9, 8), (1, 1)),
+    Layer("planes 1000", 2, 16, 1000, (9, 8), (1, 1)),
+    Layer("planes 1536", 2, 16, 1536, (9, 8), (1, 1)),
+    Layer("planes 1700", 2, 16, 1700, (7, 7), (1, 1)),
+    Layer("linear 1536", 100, 16, 1536),
 )
 SMALL_HOPPER = (
     Layer("tall steps", 2, 40, 136, (9, 6), (3, 2), (2, 1), (1, 0), layout="channels_last"),
@@ -116,8 +125,10 @@ RULES = {
     "subspace": HebbianRule(decay="subspace", normalize="filter"),
     "sanger": HebbianRule.hpca(),
     "no decay": HebbianRule(decay="none", normalize="none"),
+    "kwta 30": HebbianRule.kwta(30),
 }
 MAIN_RULES = ("softmax", "kwta")
+WIDE_RULES = ("kwta", "kwta 30")
 
 
 class Check(NamedTuple):
@@ -187,7 +198,8 @@ def combinations(this: Stage, backend: str) -> Iterator[tuple[Layer, str, str]]:
     if backend == "cuda":
         layers = TINY_HOPPER if this.dry else SMALL_HOPPER if this.small else HOPPER
         yield from itertools.product(layers, ("kwta",) if this.small else MAIN_RULES, ("bf16",))
-        yield from itertools.product(() if this.small else layers, ("kwta",), ("fp16", "fp32"))
+        yield from itertools.product(() if this.dry else WIDE, WIDE_RULES, ("bf16",))
+        yield from itertools.product(() if this.small else (*layers, *WIDE), ("kwta",), ("fp16", "fp32"))
     yield from _of_all(this.small)
 
 
@@ -197,7 +209,7 @@ def _of_all(small: bool) -> Iterator[tuple[Layer, str, str]]:
         yield from itertools.product(SMALL, MAIN_RULES, ("fp32", "bf16"))
         return
     yield from itertools.product(LAYERS, MAIN_RULES, DTYPES)
-    others = [rule for rule in RULES if rule not in MAIN_RULES]
+    others = [rule for rule in RULES if rule not in (*MAIN_RULES, *WIDE_RULES)]
     yield from itertools.product([LAYERS_BY_NAME[name] for name in FULL], others, ("fp32", "bf16"))
 
 
@@ -276,6 +288,11 @@ def _checks(layer: Layer, rule: HebbianRule, data: Data, judge: torch.device | N
     checks = [
         Check("compete", lambda: ghl.functional.compete(data.u, rule, 1), _judge_activities(judged.u, rule)),
         Check(
+            "competition_state",
+            lambda: torch.ops.ghl.competition_state(data.u, 1, *competition),
+            _judge_state(judged.u, competition),
+        ),
+        Check(
             f"{kind}_delta",
             lambda: getattr(ghl.functional, f"{kind}_delta")(data.x, data.u, data.weight, rule, **options),
             lambda H: excess(H, judgement()),
@@ -343,12 +360,29 @@ def _absolute(judgement: Judgement, grad: Tensor) -> Judgement:
     )
 
 
+def _judge_state(u: Tensor, competition: Competition) -> Callable[[tuple[Tensor, Tensor, Tensor]], float]:
+    def judge(result: tuple[Tensor, Tensor, Tensor]) -> float:
+        oracle, plain = (eager.competition_state(v, 1, competition) for v in (u.double(), u.float()))
+        if not all(torch.equal(a.double(), b.double()) for a, b in zip(result[:2], oracle[:2], strict=True)):
+            return float("inf")
+        eps = _roundings(u, competition.temperature) * EPS32
+        logsumexp = Judgement(oracle[2], plain[2], eps * (1 + oracle[2].abs()))
+        return excess(result[2].reshape(-1, 1), Judgement(*(field.reshape(-1, 1) for field in logsumexp)))
+
+    return judge
+
+
+def _roundings(u: Tensor, temperature: float) -> float:
+    """Of a softmax that is made from a logsumexp."""
+    return 8.0 + 2.0 * u.abs().max().item() / temperature
+
+
 def _judge_activities(u: Tensor, rule: HebbianRule) -> Callable[[Tensor], float]:
     def judge(y: Tensor) -> float:
-        oracle, eager = reference.compete(u.double(), rule, 1), reference.compete(u.float(), rule, 1)
-        roundings = 8.0 + 2.0 * u.abs().max().item() / rule.temperature
-        eps = roundings * EPS32 + (torch.finfo(u.dtype).eps if u.dtype != torch.float32 else 0.0)
-        rows = (tensor.movedim(1, 0) for tensor in (oracle, eager, eps * oracle.abs()))
+        oracle, plain = reference.compete(u.double(), rule, 1), reference.compete(u.float(), rule, 1)
+        rounding = torch.finfo(u.dtype).eps if u.dtype != torch.float32 else 0.0
+        eps = _roundings(u, rule.temperature) * EPS32 + rounding
+        rows = (tensor.movedim(1, 0) for tensor in (oracle, plain, eps * oracle.abs()))
         return excess(y.movedim(1, 0), Judgement(*rows))
 
     return judge

@@ -1,14 +1,14 @@
 // The launcher of the competition: what it refuses, and which kernel runs.
-#include "cuda/compete.cuh"
+#include "cuda/compete_planes.cuh"
 
 namespace ghl {
+
+namespace {
 
 std::string describe(const CompeteParams& p) {
   return "competition of (" + std::to_string(p.batch) + ", " + std::to_string(p.units) + ", " +
          std::to_string(p.positions) + "), " + std::to_string(p.winners) + " winners";
 }
-
-namespace {
 
 // One batch item of all positions, where one stride leads from each to the next.
 void merge_batch(CompeteParams& p) {
@@ -33,6 +33,12 @@ std::string refusal(const CompeteParams& p) {
   return "";
 }
 
+bool takes_wide(const CompeteParams& p, const DeviceInfo& info) {
+  if (p.u_dtype == DType::f32 || p.units > kWideUnits) return false;
+  // some GPUs have no room for such a tile
+  return are_rows(p) || kTileBytes<bf16, kWideElements> <= info.shared_limit;
+}
+
 }  // namespace
 
 Status compete_cuda(const CompeteParams& params, Stream stream) {
@@ -40,9 +46,17 @@ Status compete_cuda(const CompeteParams& params, Stream stream) {
   if (const std::string reason = refusal(params); !reason.empty()) {
     return Status::failure(describe(params) + ": " + reason);
   }
+  DeviceInfo info;
+  if (Status status = device_info(stream.device, info); !status.ok) return status;
   CompeteArgs args{params, 1.0f / params.temperature};
   merge_batch(args.p);
-  return params.units <= kRegisterUnits ? launch_short(args, stream) : launch_long(args, stream);
+  const auto run = params.units <= kRegisterUnits ? launch_short
+                   : takes_wide(args.p, info)     ? launch_wide
+                                                  : launch_long;
+  Status status = run(args, info, stream);
+  // not before: naming them takes as long as queueing
+  if (!status.ok) status.message = describe(params) + status.message;
+  return status;
 }
 
 }  // namespace ghl

@@ -13,8 +13,10 @@ namespace ghl {
 constexpr int kCompeteThreads = 256;
 constexpr int kCompeteWarps = kCompeteThreads / static_cast<int>(kWarp);
 
-// Units of the longest row that a warp holds in registers.
+// Units of the longest row that a warp holds in registers; of 16-bit elements in two a register.
 constexpr int64_t kRegisterUnits = 1024;
+constexpr int64_t kWideUnits = 1536;
+constexpr int kWideElements = static_cast<int>(kWideUnits / kWarp);  // of a lane
 
 struct CompeteArgs {
   CompeteParams p;
@@ -34,9 +36,16 @@ inline bool is_aligned(const void* data, DType dtype, const Layout& layout, int6
          (batch == 1 || layout.stride_batch % size == 0);
 }
 
-Status launch_short(const CompeteArgs& args, Stream stream);
-Status launch_long(CompeteArgs args, Stream stream);
-std::string describe(const CompeteParams& p);
+inline bool are_rows(const CompeteParams& p) {
+  return p.u_layout.stride_unit == 1 && (!p.y || p.y_layout.stride_unit == 1);
+}
+
+inline bool wants_state_only(const CompeteParams& p) { return !p.y && !p.winner_unit && !p.winner_activity; }
+
+// Their failures do not say what failed.
+Status launch_short(const CompeteArgs& args, const DeviceInfo& info, Stream stream);
+Status launch_wide(const CompeteArgs& args, const DeviceInfo& info, Stream stream);
+Status launch_long(const CompeteArgs& args, const DeviceInfo& info, Stream stream);
 
 // Lowest bits that are alike in the key_of of every value of the dtype.
 template <class T>

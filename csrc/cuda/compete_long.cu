@@ -329,7 +329,7 @@ __device__ __forceinline__ void write_long(const LongRow<T>& row, const CompeteA
 }
 
 template <class T>
-__global__ void __launch_bounds__(kCompeteThreads) long_kernel(const __grid_constant__ CompeteArgs args) {
+__global__ void __launch_bounds__(kCompeteThreads, 4) long_kernel(const __grid_constant__ CompeteArgs args) {
   const CompeteParams& p = args.p;
   Workspace& workspace = *dynamic_shared<Workspace>();
   const int units = static_cast<int>(p.units), positions = positions_of_block<T>(args);
@@ -364,10 +364,9 @@ __global__ void __launch_bounds__(kCompeteThreads) long_kernel(const __grid_cons
 
 }  // namespace
 
-Status launch_long(CompeteArgs args, Stream stream) {
-  DeviceInfo info;
-  if (Status status = device_info(stream.device, info); !status.ok) return status;
-  return by_dtype(args.p.u_dtype, [&]<class T>(T*) {
+Status launch_long(const CompeteArgs& given, const DeviceInfo& info, Stream stream) {
+  return by_dtype(given.p.u_dtype, [&]<class T>(T*) {
+    CompeteArgs args = given;
     args.stages = true;
     args.u_vectors = args.p.units % Vector<T>::size == 0 &&
                      is_aligned(args.p.u, args.p.u_dtype, args.p.u_layout, args.p.batch, true);
@@ -377,7 +376,7 @@ Status launch_long(CompeteArgs args, Stream stream) {
       shared = sizeof(Workspace);
     }
     const int64_t blocks = args.p.batch * divide_up<int64_t>(args.p.positions, positions_of_block<T>(args));
-    return launch(describe(args.p), long_kernel<T>, {blocks, kCompeteThreads, shared}, stream, args);
+    return launch("", long_kernel<T>, {blocks, kCompeteThreads, shared}, stream, args);
   });
 }
 

@@ -83,6 +83,11 @@ __global__ void __launch_bounds__(kThreads) add_splits_kernel(const __grid_const
   args.p.sum[unit] = total;
 }
 
+std::string describe(const ActivitySumsParams& params) {
+  return "sums of activities (" + std::to_string(params.batch) + ", " + std::to_string(params.units) + ", " +
+         std::to_string(params.positions) + ")";
+}
+
 }  // namespace
 
 int64_t activity_sums_cuda_workspace(const ActivitySumsParams& params) {
@@ -91,21 +96,22 @@ int64_t activity_sums_cuda_workspace(const ActivitySumsParams& params) {
 
 Status activity_sums_cuda(const ActivitySumsParams& params, Stream stream) {
   if (params.units == 0) return {};
-  const std::string what = "sums of activities (" + std::to_string(params.batch) + ", " +
-                           std::to_string(params.units) + ", " + std::to_string(params.positions) + ")";
   const SumsArgs args{params,
                       plan_of(params),
                       {params.threshold, params.cut, params.logsumexp, params.first},
                       static_cast<float*>(params.workspace)};
   const Grid grid{args.plan.splits * args.plan.unit_blocks, kThreads, 0};
+  Status status;
   if (grid.blocks > 0) {
-    const Status status = by_dtype(params.u_dtype, [&]<class T>(T*) {
-      return launch(what, partial_sums_kernel<T>, grid, stream, args);
-    });
-    if (!status.ok) return status;
+    status = by_dtype(params.u_dtype,
+                      [&]<class T>(T*) { return launch("", partial_sums_kernel<T>, grid, stream, args); });
   }
-  return launch(what, add_splits_kernel, {divide_up<int64_t>(params.units, kThreads), kThreads, 0}, stream,
-                args);
+  if (status.ok) {
+    const Grid one_each{divide_up<int64_t>(params.units, kThreads), kThreads, 0};
+    status = launch("", add_splits_kernel, one_each, stream, args);
+  }
+  if (!status.ok) status.message = describe(params) + status.message;
+  return status;
 }
 
 }  // namespace ghl

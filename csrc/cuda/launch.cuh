@@ -1,6 +1,11 @@
 // Queueing a kernel on a stream of a device, with errors as a Status.
 #pragma once
 
+#ifndef GHL_CUDA_ON_HOST
+#include <map>
+#include <mutex>
+#include <utility>
+#endif
 #include <string>
 
 #include "cuda/device.cuh"
@@ -78,7 +83,30 @@ class DeviceGuard {
   cudaError_t error_;
 };
 
-inline Status device_info(int device, DeviceInfo& info) {
+// Answers of CUDA that do not change, each asked for once: its functions take longer than what they are
+// asked before.
+template <class Key, class Value>
+class Answers {
+ public:
+  // ask(value) stores the answer; one that fails is not kept.
+  template <class Ask>
+  cudaError_t get(const Key& key, Value& value, Ask ask) {
+    const std::lock_guard lock(mutex_);
+    if (const auto known = answers_.find(key); known != answers_.end()) {
+      value = known->second;
+      return cudaSuccess;
+    }
+    const cudaError_t error = ask(value);
+    if (error == cudaSuccess) answers_.emplace(key, value);
+    return error;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, Value> answers_;
+};
+
+inline cudaError_t ask_device(int device, DeviceInfo& info) {
   int major = 0, minor = 0, multiprocessors = 0, shared = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
@@ -89,7 +117,13 @@ inline Status device_info(int device, DeviceInfo& info) {
     error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   info = {10 * major + minor, multiprocessors, static_cast<size_t>(shared), device};
-  return cuda_status("device " + std::to_string(device), error);
+  return error;
+}
+
+inline Status device_info(int device, DeviceInfo& info) {
+  static Answers<int, DeviceInfo> answers;
+  const cudaError_t error = answers.get(device, info, [&](DeviceInfo& to) { return ask_device(device, to); });
+  return error == cudaSuccess ? Status{} : cuda_status("device " + std::to_string(device), error);
 }
 
 constexpr size_t kSharedWithoutOptIn = 48 << 10;
@@ -97,13 +131,16 @@ constexpr size_t kSharedWithoutOptIn = 48 << 10;
 // Lets a kernel have all the dynamic shared memory of the current device. Always all of it: another thread
 // may be between this and its own launch of the kernel, and must not find a smaller limit than it set.
 inline cudaError_t allow_shared(const void* kernel, int device) {
-  int most = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaFuncAttributes attributes{};
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              most - static_cast<int>(attributes.sharedSizeBytes));
+  static Answers<std::pair<const void*, int>, int> answers;
+  int limit = 0;
+  return answers.get({kernel, device}, limit, [&](int& most) {
+    cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaFuncAttributes attributes{};
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+    most -= static_cast<int>(attributes.sharedSizeBytes);
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  });
 }
 
 // `what` names the operation and its shape, for the message of a failure.

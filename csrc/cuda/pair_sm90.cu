@@ -2,9 +2,6 @@
 // with twins of its instructions.
 #ifndef GHL_CUDA_ON_HOST
 
-#include <map>
-#include <mutex>
-
 #include "cuda/pair.cuh"
 #include "cuda/pair_sm90_driver.h"
 #include "cuda/pair_sm90_maps.h"
@@ -31,16 +28,15 @@ bool has_body(Kernel kernel) {
   return error == cudaSuccess && can_deal_registers(attributes.numRegs);
 }
 
-// Asked before every launch, answered by CUDA once for each device.
 bool runs_on(int device) {
-  static std::mutex mutex;
-  static std::map<int, bool> answers;
-  const std::lock_guard lock(mutex);
-  if (const auto known = answers.find(device); known != answers.end()) return known->second;
-  const DeviceGuard guard(device);
-  const bool runs = guard.error() == cudaSuccess && encoders().tiled && encoders().im2col &&
-                    has_body(pair_kernel<bf16>) && has_body(pair_kernel<f16>);
-  answers.emplace(device, runs);
+  static Answers<int, bool> answers;
+  bool runs = false;
+  answers.get(device, runs, [&](bool& it_does) {
+    const DeviceGuard guard(device);
+    it_does = guard.error() == cudaSuccess && encoders().tiled && encoders().im2col &&
+              has_body(pair_kernel<bf16>) && has_body(pair_kernel<f16>);
+    return cudaSuccess;
+  });
   return runs;
 }
 

@@ -3,8 +3,11 @@
 // The k-th largest of the 32 lanes' maxima is a lower bound of the k-th largest unit. The few units that
 // reach it move to one or two a lane, where those that are too many leave, the smallest value first. Where k
 // is above 32, or more than 64 units reach the bound, the threshold is bisected in the registers instead.
-// Rows of 16 bits are compared two elements at a time, and move only where a lane has more than two.
+// Rows of 16 bits are compared two elements at a time, and move only where a lane has more than two; where k
+// is not far below 32, their bound is the k-th largest of the maxima of 64 halves of lanes.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/device.cuh"
 #include "cuda/dtype.cuh"
@@ -29,6 +32,14 @@ __device__ __forceinline__ float value_of(uint32_t key) {
 
 constexpr uint32_t kKeyOfMinusInfinity = 0x007fffffu;
 
+// Of masks with a bit for each element of a lane.
+__device__ __forceinline__ int count_of(uint32_t mask) { return __popc(mask); }
+__device__ __forceinline__ int count_of(uint64_t mask) { return __popcll(mask); }
+__device__ __forceinline__ int lowest_of(uint32_t mask) { return __ffs(static_cast<int>(mask)) - 1; }
+__device__ __forceinline__ int lowest_of(uint64_t mask) { return __ffsll(static_cast<int64_t>(mask)) - 1; }
+__device__ __forceinline__ int highest_of(uint32_t mask) { return 31 - __clz(static_cast<int>(mask)); }
+__device__ __forceinline__ int highest_of(uint64_t mask) { return 63 - __clzll(static_cast<int64_t>(mask)); }
+
 // Where the up to kWarp * kElements_ units of a row lie in its warp: a lane holds runs of kVector_
 // consecutive units. Elements beyond the last unit are -inf and follow it, so that none wins before a unit.
 template <int kVector_, int kElements_>
@@ -37,7 +48,8 @@ struct RowUnits {
   static constexpr int kElements = kElements_;
   // elements that are skipped together where a row is shorter
   static constexpr int kChunk = kVector < 4 ? 4 : kVector;
-  static_assert(kElements % kChunk == 0 && kElements <= 32);
+  static_assert(kElements % kChunk == 0 && kElements <= 64);
+  using Mask = std::conditional_t<(kElements > 32), uint64_t, uint32_t>;
 
   int units;
 
@@ -48,11 +60,12 @@ struct RowUnits {
   }
 
   // This lane's elements whose unit is at most `last`, which may be -1: a mask.
-  static __device__ __forceinline__ uint32_t elements_up_to(int last) {
+  static __device__ __forceinline__ Mask elements_up_to(int last) {
     const int run = last / kVector - static_cast<int>(lane_index());
     const int whole = (run + static_cast<int>(kWarp) - 1) >> 5;
     const int count = whole * kVector + ((run & 31) == 0 ? last % kVector + 1 : 0);
-    return last < 0 || count <= 0 ? 0u : 0xffffffffu >> (32 - count);
+    constexpr int kBits = 8 * sizeof(Mask);
+    return last < 0 || count <= 0 ? Mask{0} : ~Mask{0} >> (kBits - count);
   }
 
   __device__ __forceinline__ bool has_chunk(int first) const {
@@ -64,6 +77,7 @@ struct RowUnits {
 template <class Row, int kVector, int kElements>
 struct RowOf : RowUnits<kVector, kElements> {
   using Units = RowUnits<kVector, kElements>;
+  using typename Units::Mask;
 
   // run(element, value), the element a constant of the compiler.
   template <class Run>
@@ -78,9 +92,9 @@ struct RowOf : RowUnits<kVector, kElements> {
 
   // The elements of which `wanted(value)` holds, one bit each.
   template <class Wanted>
-  __device__ __forceinline__ uint32_t mask(Wanted wanted) const {
-    uint32_t bits = 0;
-    for_each([&](int i, float v) { bits |= wanted(v) ? 1u << i : 0u; });
+  __device__ __forceinline__ Mask mask(Wanted wanted) const {
+    Mask bits = 0;
+    for_each([&](int i, float v) { bits |= wanted(v) ? Mask{1} << i : Mask{0}; });
     return bits;
   }
 };
@@ -142,6 +156,11 @@ __device__ __forceinline__ uint32_t bound_of(float lane_top, int k) {
 
 // Elements that the lanes can select among when they have moved to them.
 constexpr int kListed = 2 * static_cast<int>(kWarp);
+
+// A bound of -inf is reached by all elements, those beyond the last unit too. They must be too many to be
+// listed, for what is listed is read from memory.
+template <class Row>
+constexpr bool kLeavesList = Row::kElements * static_cast<int>(kWarp) > kListed;
 
 // The k-th largest of the first `count` entries of a list, kEach a lane. unit_of(entry) is its unit,
 // read(unit) the value.
@@ -235,11 +254,11 @@ __device__ __forceinline__ float bisect_threshold(const Row& row, float lane_top
 
 // The unit up to which `count` of the elements in the masks lie.
 template <class Row>
-__device__ __forceinline__ int bisect_unit(const Row& row, uint32_t mask, int count) {
+__device__ __forceinline__ int bisect_unit(const Row& row, typename Row::Mask mask, int count) {
   int low = -1, high = row.units - 1;
   while (high - low > 1) {
     const int middle = low + (high - low) / 2;
-    const int up_to = __reduce_add_sync(kAllLanes, __popc(mask & Row::elements_up_to(middle)));
+    const int up_to = __reduce_add_sync(kAllLanes, count_of(mask & Row::elements_up_to(middle)));
     (up_to >= count ? high : low) = middle;
   }
   return high;
@@ -259,6 +278,7 @@ __device__ __forceinline__ Cut select_in_row(const Row& row, float lane_top, uin
 // of a unit, from memory; list: kListed words of shared memory that are the warp's own.
 template <int kFreeBits, class Row, class Read>
 __device__ __forceinline__ Cut select_kth(const Row& row, float lane_top, int k, Read read, unsigned* list) {
+  static_assert(kLeavesList<Row> && sizeof(typename Row::Mask) == sizeof(uint32_t));
   uint32_t bound = kKeyOfMinusInfinity;
   if (k <= static_cast<int>(kWarp)) {
     bound = bound_of(lane_top, k);
@@ -328,9 +348,9 @@ struct Pair<f16> {
   }
 };
 
-// The larger of each half of the words; NaN where any is.
+// The larger of each half of the words, apart of the even and of the odd words; NaN where any is.
 template <class T, int kWords>
-__device__ __forceinline__ uint32_t largest_of(const uint32_t (&word)[kWords]) {
+__device__ __forceinline__ void largest_of(const uint32_t (&word)[kWords], uint32_t (&largest)[2]) {
   // several at a time, for they wait for each other
   constexpr int kAtOnce = 4;
   static_assert(kWords >= kAtOnce);
@@ -339,16 +359,62 @@ __device__ __forceinline__ uint32_t largest_of(const uint32_t (&word)[kWords]) {
   for (int i = 0; i < kWords; ++i) {
     most[i % kAtOnce] = i < kAtOnce ? word[i] : Pair<T>::max(most[i % kAtOnce], word[i]);
   }
-  return Pair<T>::max(Pair<T>::max(most[0], most[1]), Pair<T>::max(most[2], most[3]));
+  largest[0] = Pair<T>::max(most[0], most[2]);
+  largest[1] = Pair<T>::max(most[1], most[3]);
 }
 
-// Which of up to 16 words reach the bound: a bit each, of the lower halves from bit 0, of the upper from 16.
 template <class T, int kWords>
-__device__ __forceinline__ uint32_t reaching_mask(const uint32_t* word, uint32_t bound) {
-  static_assert(kWords <= 16);
+__device__ __forceinline__ uint32_t largest_of(const uint32_t (&word)[kWords]) {
+  uint32_t largest[2];
+  largest_of<T>(word, largest);
+  return Pair<T>::max(largest[0], largest[1]);
+}
+
+// From this k on the maxima of lanes would let more than kListed units pass in every tenth row or more.
+constexpr int kManyWinners = 27;
+
+// As bounds_of, from two maxima of each lane.
+template <int kFreeBits, int kRows>
+__device__ __forceinline__ void close_bounds_of(const float (&half_top)[kRows][2], int k,
+                                                uint32_t (&bound)[kRows]) {
+  static_assert(kFreeBits >= 6);
+  constexpr uint32_t kLowest = (1u << kFreeBits) - 1;
+  uint32_t key[kRows][2];
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+    for (unsigned half = 0; half < 2; ++half) {
+      key[row][half] = (key_of(half_top[row][half]) & ~kLowest) | (half * kWarp + lane_index());
+    }
+  }
+#pragma unroll 2
+  for (int i = 1; i < k; ++i) {
+#pragma unroll
+    for (auto& [low, high] : key) {
+      const uint32_t top = __reduce_max_sync(kAllLanes, max(low, high));
+      low = low == top ? 0 : low;
+      high = high == top ? 0 : high;
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const uint32_t top = __reduce_max_sync(kAllLanes, max(key[row][0], key[row][1]));
+    bound[row] = max(top & ~kLowest, kKeyOfMinusInfinity);
+  }
+}
+
+// Words whose elements a mask of 32 bits has.
+constexpr int kMaskWords = 16;
+
+// Which of the first `words` words reach the bound, or of kMaskWords: a bit each, of the lower halves from
+// bit 0, of the upper from 16.
+template <class T>
+__device__ __forceinline__ uint32_t reaching_mask(const uint32_t* word, int words, uint32_t bound) {
   uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) bits |= Pair<T>::reaching(word[i], bound) & (0x00010001u << i);
+  for (int i = 0; i < kMaskWords; ++i) {
+    if (i < words) bits |= Pair<T>::reaching(word[i], bound) & (0x00010001u << i);
+  }
   return bits;
 }
 
@@ -383,16 +449,17 @@ __device__ __forceinline__ Chosen chosen_by(const Cut& cut) {
 
 // The bits of the masks into the list of the warp, as bit * kWarp + lane, unless they are more than kListed;
 // their number. Lanes have few bits each.
-__device__ __forceinline__ int list_bits(uint32_t mask, unsigned* list) {
+template <class Mask>
+__device__ __forceinline__ int list_bits(Mask mask, unsigned* list) {
   int listed = 0, next;
   unsigned lanes = __ballot_sync(kAllLanes, mask != 0);
 #pragma unroll 1
   do {
     next = listed + __popc(lanes);
     if (mask != 0) {
-      const unsigned bit = 31u - static_cast<unsigned>(__clz(static_cast<int>(mask)));
+      const unsigned bit = static_cast<unsigned>(highest_of(mask));
       list[listed + __popc(lanes & lanes_below())] = bit * kWarp + lane_index();
-      mask ^= 1u << bit;
+      mask ^= Mask{1} << bit;
     }
     listed = next;
     lanes = __ballot_sync(kAllLanes, mask != 0);
@@ -438,22 +505,24 @@ __device__ __forceinline__ Chosen choose_among(const int (&unit)[kMine], int cou
 // Of the row of a position without NaN. unit_of(bit, lane) is the unit of a bit of the mask, which has those
 // that reach the bound, where k is at most kWarp; read as of select_kth.
 template <int kFreeBits, class Row, class Unit, class Read>
-__device__ __forceinline__ Chosen choose(const Row& row, float lane_top, uint32_t bound, uint32_t mask, int k,
-                                         Unit unit_of, Read read, unsigned* list) {
-  static_assert(kMine == 2);
+__device__ __forceinline__ Chosen choose(const Row& row, float lane_top, uint32_t bound,
+                                         typename Row::Mask mask, int k, Unit unit_of, Read read,
+                                         unsigned* list) {
+  static_assert(kMine == 2 && kLeavesList<Row>);
+  constexpr unsigned kBits = 8 * sizeof(mask);
   int count = kListed + 1;
   if (k <= static_cast<int>(kWarp)) {
     // mostly no lane has more than kMine
     int unit[kMine];
-    uint32_t rest = mask;
+    typename Row::Mask rest = mask;
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      const unsigned bit = 31u - static_cast<unsigned>(__clz(static_cast<int>(rest)));
+      const unsigned bit = static_cast<unsigned>(highest_of(rest));
       unit[i] = rest != 0 ? unit_of(bit, lane_index()) : -1;
-      rest &= ~(1u << (bit & 31));
+      rest &= ~(typename Row::Mask{1} << bit % kBits);
     }
     if (!__any_sync(kAllLanes, rest != 0)) {
-      count = __reduce_add_sync(kAllLanes, __popc(mask));
+      count = __reduce_add_sync(kAllLanes, count_of(mask));
     } else {
       count = list_bits(mask, list);
 #pragma unroll

@@ -144,7 +144,7 @@ def check(u: Tensor, dim: int, competition: Competition) -> None:
     assert_sums(u, dim, competition)
 
 
-UNITS = (1, 2, 3, 7, 8, 31, 32, 33, 67, 128, 256, 300, 512, 513, 1000, 1024, 1025)
+UNITS = (1, 2, 3, 7, 8, 31, 32, 33, 67, 128, 256, 300, 512, 513, 1000, 1024, 1025, 1280, 1536, 1537)
 
 
 @pytest.mark.parametrize("units", UNITS)
@@ -158,7 +158,7 @@ def test_every_size(units: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("units", [37, 1100])
+@pytest.mark.parametrize("units", [37, 1100, 1600])
 def test_layouts_and_ties(layout: str, dtype: torch.dtype, units: int) -> None:
     u, dim = make(units, layout, dtype, coarse)
     check(u, dim, Competition("linear", 9, 1.0, False))
@@ -167,19 +167,18 @@ def test_layouts_and_ties(layout: str, dtype: torch.dtype, units: int) -> None:
 
 
 @pytest.mark.races
-@pytest.mark.parametrize(
-    ("units", "layout"), [(70, "rows"), (70, "planes"), (1100, "rows"), (1100, "planes")]
-)
+@pytest.mark.parametrize("layout", ["rows", "planes"])
+@pytest.mark.parametrize("units", [70, 1100, 1600])
 def test_each_kernel(units: int, layout: str) -> None:
     u, dim = make(units, layout, torch.bfloat16, coarse)
     check(u, dim, Competition("softmax", 9, 0.5, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k", [1, 5, 16, 17, 32, 33, 500])
+@pytest.mark.parametrize("k", [1, 5, 16, 17, 27, 32, 33, 500])
 def test_lowest_of_equals(dtype: torch.dtype, k: int) -> None:
     """All equal, and equal to the threshold but for some above it, in rows, planes and long rows."""
-    for units, equal in itertools.product((520, 2000), (0.0, -1.5, float("-inf"))):
+    for units, equal in itertools.product((520, 1500, 2000), (0.0, -1.5, float("-inf"))):
         u = torch.full((3, units), equal)
         u[1:, 100 : 100 + k // 2] = 2.0
         u[2, ::7] -= 1.0
@@ -197,7 +196,7 @@ def test_lowest_of_equals(dtype: torch.dtype, k: int) -> None:
 ], ids=str)  # fmt: skip
 def test_activities(competition: Competition) -> None:
     for layout, dtype, values in (("rows", torch.bfloat16, coarse), ("planes", torch.float32, noise)):
-        for units in (29, 1030):
+        for units in (29, 1030, 1700):
             u, dim = make(units, layout, dtype, values)
             check(u, dim, competition)
 
@@ -229,7 +228,7 @@ def awkward_rows(units: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("units", [75, 1040])
+@pytest.mark.parametrize("units", [75, 1040, 1540])
 @pytest.mark.parametrize("competition", [
     Competition("linear", 1, 1.0, False), Competition("binary", 7, 1.0, True),
     Competition("softmax", 33, 0.5, False), Competition("relu", 75, 1.0, True),
@@ -259,7 +258,7 @@ def crowded(units: int, k: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize(("units", "k"), [
-    (96, 20), (512, 30), (1024, 8), (1024, 120), (3000, 20), (6000, 40), (6000, 400),
+    (96, 20), (512, 30), (1024, 8), (1024, 120), (1536, 31), (1400, 200), (3000, 20), (6000, 40), (6000, 400),
 ])  # fmt: skip
 def test_survivors_that_are_too_many(units: int, k: int, negative: bool, dtype: torch.dtype) -> None:
     row = crowded(units, k)
@@ -275,7 +274,7 @@ def test_survivors_that_are_too_many(units: int, k: int, negative: bool, dtype: 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("units", [128, 384, 520, 768, 1024])
+@pytest.mark.parametrize("units", [128, 384, 520, 768, 1024, 1280, 1536])
 def test_winners_of_whole_runs(units: int, dtype: torch.dtype) -> None:
     """Winners copied 8 and 16 bytes at a time: with ties, a NaN, many survivors in a lane or in all."""
     u = torch.randn(32, units)
@@ -286,7 +285,21 @@ def test_winners_of_whole_runs(units: int, dtype: torch.dtype) -> None:
     u[11, 8:13] += 20.0
     u[15, 0::128] += 20.0
     u = u.to(dtype)
-    for layout, k in itertools.product((u, u.t().contiguous().t()), (1, 8, 20, 32)):
+    for layout, k in itertools.product((u, u.t().contiguous().t()), (1, 8, 20, 28, 32)):
+        competition = Competition("linear", k, 1.0, False)
+        assert_activities(compete.activities(layout, 1, competition, dtype), layout, 1, competition)
+        assert_state(layout, 1, competition)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("units", [48, 384, 1000, 1536])
+def test_as_many_winners_as_a_warp_has_lanes(units: int, dtype: torch.dtype) -> None:
+    """Bounds from lanes and from their halves: of all, of every second unit, of the first half."""
+    u = noise((3 * 32, units))
+    u[::3, ::2] += 50.0
+    u[1::3, : units // 2] += 50.0
+    u = u.to(dtype)
+    for layout, k in itertools.product((u, u.t().contiguous().t()), (26, 27, 30, 31, 32, 33)):
         competition = Competition("linear", k, 1.0, False)
         assert_activities(compete.activities(layout, 1, competition, dtype), layout, 1, competition)
         assert_state(layout, 1, competition)
@@ -305,7 +318,7 @@ def test_very_long_rows(dtype: torch.dtype) -> None:
 
 def test_many_positions() -> None:
     """More than the blocks take at once, in items that end within a tile."""
-    for u in (noise((1100, 24)), noise((3, 24, 137)), noise((2, 1030, 50))):
+    for u in (noise((1100, 24)), noise((3, 24, 137)), noise((2, 1030, 50)), noise((2, 1700, 50))):
         check(u.bfloat16(), 1, Competition("linear", 4, 1.0, False))
 
 
@@ -313,7 +326,7 @@ def test_many_positions() -> None:
 def test_any_schedule_gives_the_same(cuda: ModuleType, order: str) -> None:
     def everything() -> list[Tensor]:
         results = []
-        for units, layout in itertools.product((70, 1200), ("rows", "planes")):
+        for units, layout in itertools.product((70, 1200, 1700), ("rows", "planes")):
             torch.manual_seed(units)
             u, dim = make(units, layout, torch.bfloat16)
             for competition in (Competition("softmax", 12, 0.5, True), Competition("softmax", 0, 1.0, False)):
@@ -361,7 +374,7 @@ def test_output_that_is_laid_out_otherwise() -> None:
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(st.data())
 def test_any_rule(data: st.DataObject) -> None:
-    units = data.draw(st.sampled_from((5, 8, 40, 129, 600)))
+    units = data.draw(st.sampled_from((5, 8, 40, 129, 600, 1300)))
     layout, dtype = data.draw(st.sampled_from(sorted(LAYOUTS))), data.draw(st.sampled_from(DTYPES))
     u, dim = make(units, layout, dtype, data.draw(st.sampled_from((noise, coarse))))
     check(u, dim, data.draw(rules(units)).competition(units))

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = Path(__file__).parent / "runtime"
-LAUNCHERS = ("pair_sm90.cu", "epilogue.cu", "check_device.cu")
+LAUNCHERS = ("pair_sm90.cu", "epilogue.cu", "check_device.cu", "compete.cu")
 REGISTERS = 168  # of the kernel for Hopper
 OPT_IN = 227 << 10
 
@@ -32,7 +32,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"-I{ROOT / 'csrc'}",
         f"-I{ROOT / 'csrc/include'}",
     ]
-    sources = [SOURCES / "fake.cpp", SOURCES / "entry.cu", *(ROOT / "csrc/cuda" / name for name in LAUNCHERS)]
+    entries = (SOURCES / name for name in ("fake.cpp", "entry.cu", "compete.cu"))
+    sources = [*entries, *(ROOT / "csrc/cuda" / name for name in LAUNCHERS)]
     # a sanitizer that is loaded into Python would be loaded into the compiler too
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     command = [nvcc, *options, *map(str, sources), "-o", str(target)]
@@ -47,7 +48,7 @@ class Runtime:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.sm90_takes.restype = self.library.fake_has_context.restype = ctypes.c_bool
-        for name in ("fake_calls", "sm90_pair", "check_device", "launch_kernel", "learn"):
+        for name in ("fake_calls", "sm90_pair", "check_device", "launch_kernel", "compete", "learn"):
             getattr(self.library, name).restype = ctypes.c_char_p
         self.set(registers=REGISTERS, attribute=OPT_IN)
 
@@ -118,11 +119,28 @@ def test_the_device_before_gets_no_context(runtime: Runtime) -> None:
 
 def test_the_limit_of_shared_memory_does_not_depend_on_the_launch(runtime: Runtime) -> None:
     runtime.set(static_shared=1000)
-    for shared in (50 << 10, 90 << 10):
-        assert runtime.error("launch_kernel", 0, shared) == ""
-    limit = f"shared {OPT_IN - 1000}"
-    assert [call for call in runtime.calls if call.startswith("shared")] == [limit, limit]
-    assert runtime.calls[-1] == f"launch on 0 with {90 << 10}"
+    limit, shared = f"shared {OPT_IN - 1000}", (50 << 10, 90 << 10)
+    assert [runtime.error("launch_kernel", 0, size) for size in shared] == ["", ""]
+    launches = [f"launch on 0 with {size}" for size in shared]
+    assert runtime.calls == ["attributes on 0", limit, *launches], "set once for each device"
+    assert runtime.error("launch_kernel", 3, shared[0]) == ""
+    assert runtime.calls[-2] == limit
+
+
+FLOAT32, BFLOAT16 = 0, 1
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "planes"])
+def test_competition_by_the_number_of_units(runtime: Runtime, rows: bool) -> None:
+    def kernels(device: int, dtype: int, units: int) -> str:
+        return str(runtime.library.compete(device, dtype, units, rows).decode())
+
+    taken = [kernels(0, BFLOAT16, units) for units in (1024, 1025, 1536, 1537)]
+    assert taken == ["short", "wide", "wide", "long"]
+    assert kernels(0, FLOAT32, 1025) == "long"
+    # as of sm_86, which has no room for the tile of planes
+    runtime.set(attribute=99 << 10)
+    assert kernels(1, BFLOAT16, 1025) == ("wide" if rows else "long")
 
 
 def test_a_device_that_runs_no_kernel(runtime: Runtime) -> None:

@@ -369,13 +369,18 @@ PLANTED = {
     ),
     "a stage is released while it is multiplied": (
         "pair_sm90_kernel.cuh",
-        "ptx::wgmma_wait_group<1>();",
-        "ptx::wgmma_wait_group<2>();",
+        "ptx::wgmma_wait_group<1>();\n    if (i > piece.begin)",
+        "ptx::wgmma_wait_group<2>();\n    if (i > piece.begin)",
+    ),
+    "a stage of y is released while it is multiplied": (
+        "pair_sm90_kernel.cuh",
+        "ptx::wgmma_wait_group<1>();\n    ptx::wgmma_hold(y);",
+        "ptx::wgmma_wait_group<2>();\n    ptx::wgmma_hold(y);",
     ),
     "y is overwritten while it is multiplied": (
         "pair_sm90_kernel.cuh",
-        "load_activity<T>(next, base, stage_of(step + 1)",
-        "load_activity<T>(y, base, stage_of(step + 1)",
+        "load(odd);\n    queue_activity<T>(d, odd, shared, step);",
+        "load(even);\n    queue_activity<T>(d, even, shared, step);",
     ),
     "a barrier expects too few bytes": (
         "pair_sm90_kernel.cuh",
