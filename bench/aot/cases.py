@@ -207,12 +207,11 @@ def _gradient_case(layer: Layer) -> Case:
     """G alone: no operation asks for it, but the kernels give it."""
 
     def run(ops: ModuleType, dtype: torch.dtype) -> None:
-        # the operations bring x into this form before the kernel sees it
+        # the operations bring x into this form before the kernel sees it: of any rank, unlike channels_last
         per_group = layer.channels // layer.groups
         whole = layer.groups * (per_group + (-per_group % VECTOR if per_group > 1 else 0))
-        x = patches(
-            layer._replace(layout="nhwc", channels=whole).x(dtype), layer.geometry if layer.size else None
-        )
+        last = torch.empty((layer.batch, *layer.size, whole), dtype=dtype)
+        x = patches(last.movedim(-1, 1), layer.geometry if layer.size else None)
         grad, rule = responses(layer.u(dtype), 1), competitions(layer.units)["softmax"]
         if layer.size and x.channels == 1:
             depthwise.correlate(x, grad, grad, State(None, None, None, None), rule, want_A=False)

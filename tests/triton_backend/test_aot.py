@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
-from bench.aot.cases import choices
+from bench.aot.cases import cases, choices
 from bench.gpu import tiles
 from ghl_kernels.backends.triton import config
 from ghl_kernels.backends.triton.arch import CONSUMER, KNOWN, Arch, assume
@@ -140,6 +140,15 @@ def test_the_oldest_triton_keeps_the_budgets(triton_36: str) -> None:
 def test_every_choice_of_a_tile_keeps_the_budgets(arch: str) -> None:
     done = check("--choices", "--dtype", "bf16", "--arch", arch)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("layer", ["linear-13to17", "conv1d", "deephebb2-nchw", "odd-13to17", "conv3d"])
+def test_gradients_are_of_x_as_the_operations_bring_it(layer: str) -> None:
+    """Whole loads of channels, whatever the rank and the layout: no kernel is given x in planes."""
+    (case,) = (case for case in cases("bf16", reduced=False) if case.name == f"gradient {layer}")
+    with assume(KNOWN["sm_90"]), recording() as launches:
+        case.run(OPERATIONS, torch.bfloat16)
+    assert [launched.arguments["VECTOR"] for launched in launches if "VECTOR" in launched.arguments] == [8]
 
 
 @pytest.mark.slow

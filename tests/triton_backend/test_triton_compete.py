@@ -361,13 +361,55 @@ def test_tiles(gpu: Arch, planes: bool, dtype: torch.dtype) -> None:
     for units, inner in itertools.product((*UNITS, 384, 1000, 4096, 70_000), (1, 49, 4096)):
         strides = (units * inner, 1, inner) if planes else (units * inner, units, 1)
         cut = tiles.Grid(torch.empty(0, dtype=dtype), 3, inner, *strides)
-        for k, crowded in itertools.product({0, 1, min(units, 9), units // 2, units}, (False, True)):
-            tile = tiles.tile_of(cut, units, k, gpu, crowded=crowded)
+        winners = {0, 1, min(units, 9), units // 2, units}
+        for k, beside in itertools.product(winners, ({}, {"lists": True}, {"widens": True})):
+            tile = tiles.tile_of(cut, units, k, gpu, **beside)
             held = tile.positions * tile.units * tile.pieces
             # rows in pieces need registers for what is gathered over them
-            assert held <= (24 if crowded and tile.whole else 48) * gpu.warp * tile.warps
+            assert held <= (24 if beside and tile.whole else 48) * gpu.warp * tile.warps
             assert tile.whole == (tile.units * tile.pieces >= units)
             assert tile.units <= units
             assert units <= 1 << tile.unit_bits or not tile.unit_bits
             if tile.bounded:
                 assert 2 * k <= tile.units or (tile.pieces == 1 and tile.whole)
+            # what ptxas is told it is told for these alone
+            told = not gpu.is_amd and ("widens" in beside or not tile.whole)
+            assert tile.registers == (255 if told else None)
+
+
+@pytest.mark.parametrize("gpu", KNOWN.values(), ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_lane_has_units_of_few_rows(gpu: Arch, dtype: torch.dtype) -> None:
+    """Of at most four, however few units a load takes: of 16 rows it spilled what it keeps of each."""
+    for units, padding in itertools.product((2, 10, 17, 32, 40, 64, 100), (0, 8, 15)):
+        stride = units + padding
+        tile = tiles.tile_of(tiles.Grid(torch.empty(0, dtype=dtype), 1, 8191, 0, stride, 1), units, 2, gpu)
+        loads = max(1, tile.units // (16 // dtype.itemsize)) if stride % 16 == 0 else tile.units
+        assert tile.positions * min(loads, gpu.warp) <= 4 * gpu.warp
+        assert tile.positions > 1
+
+
+@pytest.mark.parametrize(
+    ("units", "inner", "winners", "lists", "expected"),
+    [
+        (384, 1, 8, False, (4, 64, 6, True, True, 9, 1, 1, None)),
+        (384, 1, 8, True, (2, 64, 6, True, True, 9, 1, 1, None)),
+        (384, 256, 8, False, (16, 64, 6, True, True, 9, 2, 4, None)),
+        (384, 256, 8, True, (16, 64, 6, True, True, 9, 2, 8, None)),
+        (1024, 1, 8, False, (1, 128, 8, True, True, 10, 1, 1, None)),
+        (1024, 1, 8, True, (1, 128, 8, True, True, 10, 1, 2, None)),
+        (1536, 1, 31, False, (1, 256, 6, True, True, 11, 1, 1, None)),
+        (1536, 64, 31, False, (16, 256, 1, False, True, 0, 2, 8, 255)),
+        (96, 1, 8, True, (8, 32, 3, True, True, 7, 1, 1, None)),
+    ],
+)
+def test_tiles_of_layers_that_were_measured(
+    units: int, inner: int, winners: int, lists: bool, expected: tuple[Any, ...]
+) -> None:
+    """On an H100 in bfloat16; a change of these is to be measured again."""
+    u = torch.empty(1, dtype=torch.bfloat16)
+    if inner == 1:
+        cut = tiles.Grid(u, 1, 131_072, 131_072 * units, units, 1)
+    else:
+        cut = tiles.Grid(u, 512, inner, units * inner, 1, inner)
+    assert tuple(tiles.tile_of(cut, units, winners, KNOWN["sm_90"], lists=lists)) == expected

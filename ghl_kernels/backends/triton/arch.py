@@ -24,6 +24,11 @@ class Arch(NamedTuple):
     def is_amd(self) -> bool:
         return self.name.startswith("gfx")
 
+    @property
+    def registers(self) -> int | None:
+        """All that a thread can have, to tell a compiler that would rather spill than run fewer blocks."""
+        return None if self.is_amd else 255
+
 
 # Those the kernels are compiled for in the tests; multiprocessors and L2 of A100, H200, B200 and MI300X.
 KNOWN = {

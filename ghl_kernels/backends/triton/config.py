@@ -170,9 +170,7 @@ def registers(tile: Tile, arch: Arch) -> int | None:
 
     None leaves it alone: where wgmma is used, whose accumulators settle the matter, and on AMD.
     """
-    if arch.is_amd or (arch.has_wgmma and tile.units >= 64):
-        return None
-    return 255
+    return None if arch.has_wgmma and tile.units >= 64 else arch.registers
 
 
 def within_tap(problem: Problem, tile: Tile) -> bool:

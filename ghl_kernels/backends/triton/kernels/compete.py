@@ -296,9 +296,14 @@ def _compete(
     """Write y and those outputs of the kernel, tensors by name, that are given."""
     cut = max(u.inner, y.inner if y else 1)
     source, target = grid(u, cut if cut > 1 else 0), grid(y, cut if cut > 1 else 0) if y else None
-    is_wider = y is not None and y.tensor.element_size() > u.tensor.element_size()
-    crowded = is_wider or outputs.get("winner_unit") is not None
-    tile = tile_of(source, u.units, competition.winners, arch_of(u.tensor.device), crowded=crowded)
+    tile = tile_of(
+        source,
+        u.units,
+        competition.winners,
+        arch_of(u.tensor.device),
+        lists=outputs.get("winner_unit") is not None,
+        widens=y is not None and y.tensor.element_size() > u.tensor.element_size(),
+    )
     tiles = triton.cdiv(source.inner, tile.positions)
     names = ("threshold", "cut", "logsumexp", "first", "winner_unit", "winner_activity")
     pointers: dict[str, Any] = {f"{name}_ptr": outputs.get(name) for name in names}

@@ -17,6 +17,7 @@ from torch import Tensor
 from ghl_kernels.backends import eager
 from ghl_kernels.backends.gpu.layout import Patches, is_long, magic
 from ghl_kernels.backends.gpu.memory import WORKSPACE_BYTES, workspace
+from ghl_kernels.backends.triton.arch import of as arch_of
 from ghl_kernels.backends.triton.kernels.patch import GEOMETRY, divide, locate, split_tap
 from ghl_kernels.backends.triton.launch import launch
 
@@ -283,6 +284,7 @@ def correlate(
     rows = workspace_rows(entries, length)
     purpose = f"the segments of {units} units of {columns} inputs with {entries} winners"
     within_tap, width, blocks = column_tiling(x.channels, x.taps)
+    long = is_long(entries, x.tensor)
     shared: dict[str, Any] = {
         "sorted_units": sorted_units,
         "starts": starts,
@@ -310,7 +312,9 @@ def correlate(
         winners=unit.shape[1],
         winners_magic=magic(unit.shape[1]),
         column_blocks=blocks,
-        LONG=is_long(entries, x.tensor),
+        LONG=long,
+        # offsets of 64 bits are more than ptxas counts on where it aims at many blocks
+        registers=arch_of(device).registers if long else None,
         WITHIN_TAP=within_tap,
         ENTRIES=ENTRIES,
         COLUMNS=width,

@@ -18,6 +18,9 @@ _CHUNK = 4096  # values at a time of longer rows
 _SECTOR = 32  # bytes that memory moves at least
 _MOST_PIECES = 8  # of a row: units whose maximum bounds the k-th largest
 _LEAST_UNITS = 32  # of a piece, where units are contiguous
+_MOST_ROWS = 4  # of which a lane has units: each has a mask, an address and a state of its own
+_LOAD = 16  # bytes that a lane takes at a time, where they are aligned
+_FACTOR = 16  # of a stride, for the compiler to know about: it is told of no other
 
 
 class Grid(NamedTuple):
@@ -50,11 +53,6 @@ def grid(u: Responses, inner: int = 0) -> Grid:
     return Grid(u.tensor, u.positions // inner, inner, inner * u.batch_stride, u.batch_stride, u.unit_stride)
 
 
-# For tiles of rows in pieces ptxas would rather spill than run fewer blocks at a time. It is told to take all
-# registers for those alone: told so for others it spills, or runs fewer blocks, where it otherwise does not.
-_REGISTERS = 255
-
-
 class Tile(NamedTuple):
     """How the competition is cut into programs."""
 
@@ -69,15 +67,17 @@ class Tile(NamedTuple):
     registers: int | None = None  # a thread may take; None: the compiler weighs them against occupancy
 
 
-def tile_of(cut: Grid, units: int, winners: int, gpu: Arch, *, crowded: bool = False) -> Tile:
+def tile_of(
+    cut: Grid, units: int, winners: int, gpu: Arch, *, lists: bool = False, widens: bool = False
+) -> Tile:
     """The tile for a tensor of ``units`` units, of which ``winners`` win (0: none are chosen).
 
     Where positions are contiguous a tile takes at least a sector of memory of them. Else a row lies within
-    one warp where it fits, so that no reduction has to wait for other warps. ``crowded``: other things than u
-    need registers too, as the ranks of winners among others or y in more bits.
+    one warp where it fits, so that no reduction has to wait for other warps. ``lists``, ``widens``: the ranks
+    of winners among others, or y in more bits than u, need registers too.
     """
     itemsize = cut.tensor.dtype.itemsize
-    lane = min(_lane_values(itemsize, gpu), _PER_LANE // (2 if crowded else 1))
+    lane = min(_lane_values(itemsize, gpu), _PER_LANE // (2 if lists or widens else 1))
     inner = triton.next_power_of_2(cut.inner)
     sector = min(_SECTOR // itemsize, inner) if cut.planes else 1
     width, pieces = _pieces(units, winners, 1 if cut.planes else _LEAST_UNITS)
@@ -89,8 +89,7 @@ def tile_of(cut: Grid, units: int, winners: int, gpu: Arch, *, crowded: bool = F
     held = width * pieces
     positions = max(sector, min(_below(gpu.warp * lane // held) if held <= gpu.warp * lane else 1, inner))
     if not cut.planes:
-        # a lane should not have the state of many rows
-        positions = min(positions, gpu.warp)
+        positions = min(positions, gpu.warp, _MOST_ROWS * _rows_at_once(cut, width, gpu))
     warps = max(1, min(_MOST_WARPS, triton.next_power_of_2(-(-positions * held // (gpu.warp * lane)))))
     groups = units if pieces == 1 and whole else width // 2
     return Tile(
@@ -102,7 +101,8 @@ def tile_of(cut: Grid, units: int, winners: int, gpu: Arch, *, crowded: bool = F
         unit_bits=(units - 1).bit_length() if whole and itemsize == 2 else 0,
         vector=min(2, positions) if cut.planes else 1,
         warps=warps,
-        registers=None if whole or gpu.is_amd else _REGISTERS,
+        # told so for others ptxas spills, or runs fewer blocks, where it otherwise does not
+        registers=gpu.registers if widens or not whole else None,
     )
 
 
@@ -112,6 +112,13 @@ def _lane_values(itemsize: int, gpu: Arch) -> int:
         # with more in the 64 lanes of a wave LLVM's register allocation crashes for some kernels
         return _PER_LANE // 2
     return _PER_LANE if itemsize == 2 and not gpu.name.startswith("sm_10") else 32
+
+
+def _rows_at_once(cut: Grid, width: int, gpu: Arch) -> int:
+    """Rows across which a warp lies: in every one of them there are lanes for ``width`` units."""
+    is_aligned = cut.unit_stride == 1 and not (cut.batch_stride % _FACTOR or cut.position_stride % _FACTOR)
+    vector = _LOAD // cut.tensor.dtype.itemsize if is_aligned else 1
+    return max(1, gpu.warp // max(1, width // vector))
 
 
 def _pieces(units: int, winners: int, least: int) -> tuple[int, int]:
