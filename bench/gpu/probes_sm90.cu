@@ -15,6 +15,8 @@ namespace {
 using namespace ghl;
 using namespace ghl::sm90;
 
+constexpr int kChunk = 64;  // channels of a box that is copied
+constexpr int kChunkBytes = chunk_bytes(kChunk);
 constexpr int kBoxElements = kStagePositions * kChunk;
 constexpr uint64_t kNanoseconds = 2'000'000'000;  // until a wait is given up
 
@@ -22,13 +24,13 @@ constexpr uint64_t kNanoseconds = 2'000'000'000;  // until a wait is given up
 
 struct Probe {
   CUtensorMap map;
-  CUtensorMap other;  // the right operand's, of four chunks
+  CUtensorMap other;  // the right operand's, of the chunks of a tile
   Source source;
   bool multicast;
   int32_t start[5];  // coordinates of the copy, contiguous dimension first
   uint16_t offsets[3];
   uint16_t* box;   // [blocks, positions of a stage, 64] as shared memory holds it
-  float* product;  // [64, 256]
+  float* product;  // [64, columns of a tile]
   int* count;
 };
 
@@ -93,38 +95,40 @@ __global__ void copy_kernel(const __grid_constant__ Probe probe) {
 #endif
 }
 
-template <bool half, bool from_registers>
+template <bool half, bool from_registers, class Shape>
 __global__ void __launch_bounds__(kWarpgroup) wgmma_kernel(const __grid_constant__ Probe probe) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   unsigned char* const memory = dynamic_shared<unsigned char>();
   const uint32_t left = ptx::shared_address(memory), right = left + kResponseBytes;
   const uint32_t barrier = right + kInputBytes;
+  constexpr int kBytes = chunk_bytes(Shape::chunk), kAccumulators = accumulators_of(Shape::columns);
   const int thread = static_cast<int>(threadIdx.x);
   begin_barrier(barrier, 1);
   if (thread == 0) {
-    ptx::mbarrier_arrive_expect_tx(barrier, kResponseBytes + kInputBytes);
+    ptx::mbarrier_arrive_expect_tx(barrier, kResponseBytes + Shape::chunks * kBytes);
     ptx::cp_async_bulk_tensor_2d(left, probe.map, barrier, 0, 0);
-    for (int i = 0; i < kChunks; ++i) {
-      ptx::cp_async_bulk_tensor_2d(right + i * kChunkBytes, probe.other, barrier, i * kChunk, 0);
+    for (int i = 0; i < Shape::chunks; ++i) {
+      ptx::cp_async_bulk_tensor_2d(right + i * kBytes, probe.other, barrier, i * Shape::chunk, 0);
     }
   }
   wait_or_trap(barrier, 0);
   uint32_t a[kSteps][4];
   for (int k = 0; k < kSteps; ++k) {
-    ptx::ldmatrix_x4_trans(
-        a[k], memory + k * kStepBytes + swizzled(ldmatrix_position(thread), ldmatrix_unit(thread)));
+    ptx::ldmatrix_x4_trans(a[k], memory + k * step_bytes(kTileUnits) +
+                                     swizzled(ldmatrix_position(thread), ldmatrix_unit(thread)));
   }
   float d[kAccumulators] = {};
-  const uint64_t x = operand_descriptor(right, kChunkBytes), e = operand_descriptor(left, 0);
+  const uint64_t x = operand_descriptor(right, Shape::chunk, kBytes);
+  const uint64_t e = operand_descriptor(left, kTileUnits, 0);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    const uint64_t b = x + k * descriptor_step(kStepBytes);
+    const uint64_t b = x + k * descriptor_step(step_bytes(Shape::chunk));
     if constexpr (from_registers) {
-      half ? ptx::wgmma_m64n256k16_f16_rs(d, a[k], b) : ptx::wgmma_m64n256k16_bf16_rs(d, a[k], b);
+      half ? ptx::wgmma_m64k16_f16_rs(d, a[k], b) : ptx::wgmma_m64k16_bf16_rs(d, a[k], b);
     } else {
-      const uint64_t step = e + k * descriptor_step(kStepBytes);
-      half ? ptx::wgmma_m64n256k16_f16_ss(d, step, b) : ptx::wgmma_m64n256k16_bf16_ss(d, step, b);
+      const uint64_t step = e + k * descriptor_step(step_bytes(kTileUnits));
+      half ? ptx::wgmma_m64k16_f16_ss(d, step, b) : ptx::wgmma_m64k16_bf16_ss(d, step, b);
     }
   }
   ptx::wgmma_commit_group();
@@ -132,7 +136,7 @@ __global__ void __launch_bounds__(kWarpgroup) wgmma_kernel(const __grid_constant
   ptx::wgmma_hold(d);
 #pragma unroll
   for (int i = 0; i < kAccumulators; ++i) {
-    probe.product[accumulator_unit(thread, i) * kTileColumns + accumulator_column(thread, i)] = d[i];
+    probe.product[accumulator_unit(thread, i) * Shape::columns + accumulator_column(thread, i)] = d[i];
   }
 #endif
 }
@@ -287,10 +291,11 @@ std::string probe_copy(Source source, bool multicast, int turn = 0) {
                                 ? tensor.size[1]
                                 : image.n * patches.out_size[0] * patches.out_size[1] * patches.out_size[2];
   const int32_t begin = static_cast<int32_t>(positions) - 50;
-  const Status status = source == Source::rows ? encode_rows(driver_encoders(), "probe", probe.map, tensor,
-                                                             map_type(DType::bf16), kElement, kStagePositions)
-                                               : encode_patches(driver_encoders(), "probe", probe.map, tensor,
-                                                                map_type(DType::bf16), patches);
+  const Status status = source == Source::rows
+                            ? encode_rows(driver_encoders(), "probe", probe.map, tensor,
+                                          map_type(DType::bf16), kElement, box_of_rows(kChunk))
+                            : encode_patches(driver_encoders(), "probe", probe.map, tensor,
+                                             map_type(DType::bf16), patches, kChunk);
   if (!status.ok) return status.message;
   const Position at = position_of(patches, begin);
   probe.start[0] = first_channel;
@@ -325,33 +330,36 @@ uint16_t bits_of(float value, bool half) {
       value == 0 ? 0 : (bits >> 16 & 0x8000) | (exponent - 112) << 10 | (bits >> 13 & 0x3ff));
 }
 
-template <bool half, bool from_registers>
+template <bool half, bool from_registers, class Shape = Tile<64, 4>>
 std::string probe_wgmma() {
-  Shared<uint16_t> left(kStagePositions * kTileUnits), right(kStagePositions * kTileColumns);
-  Shared<float> product(kTileUnits * kTileColumns);
+  constexpr int kColumns = Shape::columns;
+  Shared<uint16_t> left(kStagePositions * kTileUnits), right(kStagePositions * kColumns);
+  Shared<float> product(kTileUnits * kColumns);
   for (int p = 0; p < kStagePositions; ++p) {
     for (int i = 0; i < kTileUnits; ++i) left[p * kTileUnits + i] = bits_of(value_at(p, i), half);
-    for (int i = 0; i < kTileColumns; ++i) right[p * kTileColumns + i] = bits_of(value_at(i, p), half);
+    for (int i = 0; i < kColumns; ++i) right[p * kColumns + i] = bits_of(value_at(i, p), half);
   }
   Probe probe{};
   probe.product = product.send();
-  Tensor a = tensor_of(left.send(), kTileUnits), b = tensor_of(right.send(), kTileColumns);
+  Tensor a = tensor_of(left.send(), kTileUnits), b = tensor_of(right.send(), kColumns);
   add_dimension(a, kStagePositions, kTileUnits);
-  add_dimension(b, kStagePositions, kTileColumns);
+  add_dimension(b, kStagePositions, kColumns);
   const CUtensorMapDataType type = map_type(half ? DType::f16 : DType::bf16);
-  Status status = encode_rows(driver_encoders(), "probe", probe.map, a, type, kElement, kStagePositions);
+  Status status =
+      encode_rows(driver_encoders(), "probe", probe.map, a, type, kElement, box_of_rows(kTileUnits));
   if (status.ok) {
-    status = encode_rows(driver_encoders(), "probe", probe.other, b, type, kElement, kStagePositions);
+    status =
+        encode_rows(driver_encoders(), "probe", probe.other, b, type, kElement, box_of_rows(Shape::chunk));
   }
   if (!status.ok) return status.message;
-  const std::string wrong = launch_probe(wgmma_kernel<half, from_registers>, 1, kWarpgroup,
+  const std::string wrong = launch_probe(wgmma_kernel<half, from_registers, Shape>, 1, kWarpgroup,
                                          kResponseBytes + kInputBytes + 8, probe);
   if (!wrong.empty()) return wrong;
   product.bring();
-  for (int i = 0; i < kTileUnits * kTileColumns; ++i) {
+  for (int i = 0; i < kTileUnits * kColumns; ++i) {
     float expected = 0;
     for (int p = 0; p < kStagePositions; ++p)
-      expected += value_at(p, i / kTileColumns) * value_at(i % kTileColumns, p);
+      expected += value_at(p, i / kColumns) * value_at(i % kColumns, p);
     if (product[i] != expected) {
       return "element " + std::to_string(i) + " is " + std::to_string(product[i]) + ", not " +
              std::to_string(expected);
@@ -390,6 +398,10 @@ const std::vector<Named>& probes() {
       {"wgmma bf16, one operand in registers", probe_wgmma<false, true>},
       {"wgmma f16, both operands in shared memory", probe_wgmma<true, false>},
       {"wgmma f16, one operand in registers", probe_wgmma<true, true>},
+      {"wgmma bf16, 192 columns", probe_wgmma<false, true, Tile<64, 3>>},
+      {"wgmma bf16, 64 columns", probe_wgmma<false, true, Tile<64, 1>>},
+      {"wgmma bf16, 224 columns in rows of 64 bytes", probe_wgmma<false, true, Tile<32, 7>>},
+      {"wgmma f16, 256 columns in rows of 64 bytes", probe_wgmma<true, false, Tile<32, 8>>},
       {"mbarrier.arrive of a cluster", [] { return probe_count_of(arrive_kernel, 2, 32, 2); }},
       {"setmaxnreg", [] { return probe_count_of(setmaxnreg_kernel, 1, kThreads, kThreads); }},
   };

@@ -2,6 +2,10 @@
 // with twins of its instructions.
 #ifndef GHL_CUDA_ON_HOST
 
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
 #include "cuda/pair.cuh"
 #include "cuda/pair_sm90_driver.h"
 #include "cuda/pair_sm90_maps.h"
@@ -20,6 +24,20 @@ const Encoders& encoders() {
   return found;
 }
 
+// By the place of its tile's shape in kTileShapes.
+template <class T, size_t... places>
+Kernel kernel_of(TileShape shape, std::index_sequence<places...>) {
+  constexpr Kernel kKernels[] = {
+      pair_kernel<T, Tile<kTileShapes[places].chunk, kTileShapes[places].chunks>>...};
+  const auto* found = std::find(std::begin(kTileShapes), std::end(kTileShapes), shape);
+  return kKernels[found - std::begin(kTileShapes)];
+}
+
+Kernel kernel_of(DType dtype, TileShape shape) {
+  constexpr std::make_index_sequence<std::size(kTileShapes)> kPlaces;
+  return dtype == DType::bf16 ? kernel_of<bf16>(shape, kPlaces) : kernel_of<f16>(shape, kPlaces);
+}
+
 // A build without 90a-real has the kernel's name on such a device too, with nothing in it.
 bool has_body(Kernel kernel) {
   cudaFuncAttributes attributes{};
@@ -34,7 +52,7 @@ bool runs_on(int device) {
   answers.get(device, runs, [&](bool& it_does) {
     const DeviceGuard guard(device);
     it_does = guard.error() == cudaSuccess && encoders().tiled && encoders().im2col &&
-              has_body(pair_kernel<bf16>) && has_body(pair_kernel<f16>);
+              has_body(kernel_of(DType::bf16, kTileShapes[0]));
     return cudaSuccess;
   });
   return runs;
@@ -82,8 +100,7 @@ Status pair_sm90(const PairParams& from, const DeviceInfo& info, Stream stream) 
   Status status = cuda_status(what, guard.error());
   if (status.ok) status = encode_maps(encoders(), what, from, params);
   if (!status.ok) return status;
-  status =
-      launch_clusters(what, from.dtype == DType::bf16 ? pair_kernel<bf16> : pair_kernel<f16>, stream, params);
+  status = launch_clusters(what, kernel_of(from.dtype, plan.tile), stream, params);
   if (!status.ok || !cuts_tiles(plan)) return status;
   return launch(what, sum_partials, {partial_sum_blocks(plan), kWarpgroup}, stream, params);
 }

@@ -63,30 +63,39 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
 #endif
 }
 
-__device__ __forceinline__ void wait_full(uint32_t shared, uint32_t step) {
-  wait(shared + full_at(stage_of(step)), full_parity(step));
+__device__ __forceinline__ void wait_full(uint32_t shared, Slot slot) {
+  wait(shared + full_at(slot.stage), full_parity(slot));
 }
 
-__device__ __forceinline__ void wait_empty(uint32_t shared, uint32_t step) {
-  wait(shared + empty_at(stage_of(step)), empty_parity(step));
+__device__ __forceinline__ void wait_empty(uint32_t shared, Slot slot) {
+  wait(shared + empty_at(slot.stage), empty_parity(slot));
 }
 
 // This warp no longer reads the stage: told to every block whose copies reach it.
-__device__ __forceinline__ void release(uint32_t shared, uint32_t step, int cluster) {
+__device__ __forceinline__ void release(uint32_t shared, Slot slot, int cluster) {
   __syncwarp();
   const uint32_t lane = threadIdx.x % kWarp;
   if (lane < static_cast<uint32_t>(cluster)) {
-    ptx::mbarrier_arrive_cluster(ptx::mapa(shared + empty_at(stage_of(step)), lane));
+    ptx::mbarrier_arrive_cluster(ptx::mapa(shared + empty_at(slot.stage), lane));
   }
 }
 
 // --- the producer -------------------------------------------------------------------------------
 
+// A chunk that a warp copies.
+struct Chunk {
+  bool exists = false;
+  uint32_t at = 0;  // in its stage
+  int32_t channel = 0;
+  uint32_t offsets = 0;
+};
+
 // Copies one chunk into this block, or into both of a cluster.
-__device__ __forceinline__ void copy_chunk(const PairSm90& params, uint32_t shared, uint32_t full,
-                                           int32_t channel, uint32_t offsets, int32_t row,
-                                           const Position& position) {
+__device__ __forceinline__ void copy_chunk(const PairSm90& params, uint32_t stage, uint32_t full,
+                                           const Chunk& chunk, int32_t row, const Position& position) {
   constexpr uint16_t kBoth = 3;
+  const uint32_t shared = stage + chunk.at;
+  const int32_t channel = chunk.channel;
   const bool multicast = params.plan.cluster > 1;
   if (params.source == Source::rows) {
     if (multicast) {
@@ -97,7 +106,7 @@ __device__ __forceinline__ void copy_chunk(const PairSm90& params, uint32_t shar
     return;
   }
   const int32_t w = pixel_of(params.patches, position, 0), h = pixel_of(params.patches, position, 1);
-  const uint16_t offset_w = offset_of(offsets, 0), offset_h = offset_of(offsets, 1);
+  const uint16_t offset_w = offset_of(chunk.offsets, 0), offset_h = offset_of(chunk.offsets, 1);
   if (params.source == Source::image) {
     if (multicast) {
       ptx::cp_async_bulk_tensor_4d_im2col_multicast(shared, params.x, full, channel, w, h, position.image,
@@ -109,7 +118,7 @@ __device__ __forceinline__ void copy_chunk(const PairSm90& params, uint32_t shar
     return;
   }
   const int32_t d = pixel_of(params.patches, position, 2);
-  const uint16_t offset_d = offset_of(offsets, 2);
+  const uint16_t offset_d = offset_of(chunk.offsets, 2);
   if (multicast) {
     ptx::cp_async_bulk_tensor_5d_im2col_multicast(shared, params.x, full, channel, w, h, d, position.image,
                                                   offset_w, offset_h, offset_d, kBoth);
@@ -120,8 +129,9 @@ __device__ __forceinline__ void copy_chunk(const PairSm90& params, uint32_t shar
 }
 
 // What a stage of this tile brings into this block, from its own copies and the other block's.
+template <class Shape>
 __device__ __forceinline__ uint32_t stage_bytes(const PairSm90& params, int64_t tile) {
-  uint32_t bytes = chunks_of(params.plan, tile) * kChunkBytes + kConsumers * kResponseBytes;
+  uint32_t bytes = chunks_of(params.plan, tile) * chunk_bytes(Shape::chunk) + kConsumers * kResponseBytes;
 #pragma unroll
   for (int i = 0; i < kStates; ++i) bytes += params.has_state[i] ? kStateBytes : 0;
   return bytes;
@@ -139,67 +149,74 @@ __device__ __forceinline__ void open_stage(const PairSm90& params, uint32_t shar
   }
 }
 
+template <class Shape>
+__device__ __forceinline__ Chunk chunk_of(const PairSm90& params, int64_t tile, int rank, int chunk) {
+  const Plan& plan = params.plan;
+  if (chunk >= Shape::chunks || chunk >= chunks_of(plan, tile) || chunk_owner(chunk, plan.cluster) != rank)
+    return {};
+  const Columns columns = columns_of(plan, first_chunk(plan, tile) + chunk);
+  return {true, static_cast<uint32_t>(chunk * chunk_bytes(Shape::chunk)), columns.channel,
+          offsets_of(params.patches, columns.tap)};
+}
+
 // What one warp copies of the stages of a piece. One that copied everything would need longer for a stage
 // than the tensor cores do; and since its number is known to the compiler, as all that follows from it,
 // operands are in uniform registers, where these instructions want them.
-template <int warp>
+template <class Shape, int warp>
 __device__ __forceinline__ void produce_piece(const PairSm90& params, uint32_t shared, int rank,
-                                              const Piece& piece, uint32_t& step) {
+                                              const Piece& piece, Slot& slot) {
   const Plan& plan = params.plan;
-  const bool has_chunk = warp < chunks_of(plan, piece.tile) && chunk_owner(warp, plan.cluster) == rank;
+  const Chunk chunk = chunk_of<Shape>(params, piece.tile, rank, warp);
+  const Chunk second = chunk_of<Shape>(params, piece.tile, rank, warp + kWarps);
   const int consumer = response_of(warp, plan.cluster, rank);
-  if (!has_chunk && consumer < 0) {
-    step += piece.end - piece.begin;
+  if (!chunk.exists && consumer < 0) {
+    slot = after(slot, piece.end - piece.begin);
     return;
   }
-  const Columns columns = columns_of(plan, first_chunk(plan, piece.tile) + warp);
-  const uint32_t offsets = offsets_of(params.patches, columns.tap);
-  const uint32_t bytes = stage_bytes(params, piece.tile);
+  const uint32_t bytes = stage_bytes<Shape>(params, piece.tile);
   const int32_t unit = static_cast<int32_t>(first_unit(plan, piece.tile, rank, consumer));
   const Position distance = position_of(params.patches, kStagePositions);
   int32_t row = piece.begin * kStagePositions;
   Position position = position_of(params.patches, row);
-  for (int32_t i = piece.begin; i < piece.end; ++i, ++step) {
-    const int stage = stage_of(step);
-    const uint32_t full = shared + full_at(stage);
-    wait_empty(shared, step);
+  for (int32_t i = piece.begin; i < piece.end; ++i, slot = next(slot)) {
+    const uint32_t full = shared + full_at(slot.stage);
+    wait_empty(shared, slot);
     if (threadIdx.x % kWarp == 0) {
-      if (consumer == 0) open_stage(params, shared, full, stage, bytes, row);
+      if (consumer == 0) open_stage(params, shared, full, slot.stage, bytes, row);
       if (consumer >= 0) {
-        ptx::cp_async_bulk_tensor_2d(shared + response_at(stage, consumer), params.responses[consumer], full,
-                                     unit, row);
+        ptx::cp_async_bulk_tensor_2d(shared + response_at(slot.stage, consumer), params.responses[consumer],
+                                     full, unit, row);
       }
-      if (has_chunk) {
-        copy_chunk(params, shared + input_at(stage, warp), full, columns.channel, offsets, row, position);
-      }
+      const uint32_t input = shared + input_at(slot.stage);
+      if (chunk.exists) copy_chunk(params, input, full, chunk, row, position);
+      if (second.exists) copy_chunk(params, input, full, second, row, position);
     }
     row += kStagePositions;
     position = advanced(params.patches, position, distance);
   }
 }
 
-template <int warp>
-__device__ __forceinline__ void produce(const PairSm90& params, uint32_t shared, int64_t cluster, int rank) {
+template <class Shape, int warp>
+__device__ __forceinline__ void produce(const PairSm90& params, uint32_t shared) {
   if (threadIdx.x % kWarp == 0) {
     ptx::prefetch_tensormap(params.x);
     for (const CUtensorMap& map : params.responses) ptx::prefetch_tensormap(map);
   }
-  uint32_t step = 0;
-  Progress progress;
-  Piece piece;
-  while (next_piece(params.plan, cluster, progress, piece)) {
-    produce_piece<warp>(params, shared, rank, piece, step);
+  Slot slot;
+  int32_t done = 0;
+  for (Piece piece; piece_after(params.plan, ptx::cluster_id(), done, piece);
+       done = done_after(params.plan, done, piece)) {
+    produce_piece<Shape, warp>(params, shared, ptx::cluster_rank(), piece, slot);
   }
 }
 
 // The warps of the producer, each with a number that the compiler knows.
-template <int warp = 0>
-__device__ __forceinline__ void produce_as(int number, const PairSm90& params, uint32_t shared,
-                                           int64_t cluster, int rank) {
+template <class Shape, int warp = 0>
+__device__ __forceinline__ void produce_as(int number, const PairSm90& params, uint32_t shared) {
   if (number == warp) {
-    produce<warp>(params, shared, cluster, rank);
+    produce<Shape, warp>(params, shared);
   } else if constexpr (warp + 1 < kWarps) {
-    produce_as<warp + 1>(number, params, shared, cluster, rank);
+    produce_as<Shape, warp + 1>(number, params, shared);
   }
 }
 
@@ -277,7 +294,7 @@ __device__ __forceinline__ void load_activity(uint32_t (&y)[kFragments], const u
   for (int k = 0; k < kSteps; ++k) {
     uint32_t u[4];
     ptx::ldmatrix_x4_trans(
-        u, tile + k * kStepBytes + swizzled(ldmatrix_position(thread), ldmatrix_unit(thread)));
+        u, tile + k * step_bytes(kTileUnits) + swizzled(ldmatrix_position(thread), ldmatrix_unit(thread)));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       y[4 * k + i] = activity.template pair<T>(states, u[i], unit + fragment_unit(thread, i),
@@ -289,122 +306,140 @@ __device__ __forceinline__ void load_activity(uint32_t (&y)[kFragments], const u
 
 // --- multiplying --------------------------------------------------------------------------------
 
+// d += a b, of as many columns as there are accumulators for.
 template <class T>
 struct Wgmma;
 
 template <>
 struct Wgmma<bf16> {
-  static __device__ __forceinline__ void rs(float (&d)[kAccumulators], const uint32_t* a, uint64_t b) {
-    ptx::wgmma_m64n256k16_bf16_rs(d, a, b);
+  template <int count>
+  static __device__ __forceinline__ void rs(float (&d)[count], const uint32_t* a, uint64_t b) {
+    ptx::wgmma_m64k16_bf16_rs(d, a, b);
   }
-  static __device__ __forceinline__ void ss(float (&d)[kAccumulators], uint64_t a, uint64_t b) {
-    ptx::wgmma_m64n256k16_bf16_ss(d, a, b);
+  template <int count>
+  static __device__ __forceinline__ void ss(float (&d)[count], uint64_t a, uint64_t b) {
+    ptx::wgmma_m64k16_bf16_ss(d, a, b);
   }
 };
 
 template <>
 struct Wgmma<f16> {
-  static __device__ __forceinline__ void rs(float (&d)[kAccumulators], const uint32_t* a, uint64_t b) {
-    ptx::wgmma_m64n256k16_f16_rs(d, a, b);
+  template <int count>
+  static __device__ __forceinline__ void rs(float (&d)[count], const uint32_t* a, uint64_t b) {
+    ptx::wgmma_m64k16_f16_rs(d, a, b);
   }
-  static __device__ __forceinline__ void ss(float (&d)[kAccumulators], uint64_t a, uint64_t b) {
-    ptx::wgmma_m64n256k16_f16_ss(d, a, b);
+  template <int count>
+  static __device__ __forceinline__ void ss(float (&d)[count], uint64_t a, uint64_t b) {
+    ptx::wgmma_m64k16_f16_ss(d, a, b);
   }
 };
 
-__device__ __forceinline__ uint64_t input_descriptor(uint32_t shared, int stage) {
-  return operand_descriptor(shared + input_at(stage, 0), kChunkBytes);
-}
+// What a warpgroup multiplies: the stages of a piece, whose slot is the next that it waits for.
+template <class Shape>
+struct Stages {
+  uint32_t shared;
+  int cluster;
+  Slot& slot;
+  int32_t count;
 
-template <class T>
-__device__ __forceinline__ void queue_activity(float (&d)[kAccumulators], const uint32_t (&y)[kFragments],
-                                               uint32_t shared, uint32_t step) {
-  const uint64_t x = input_descriptor(shared, stage_of(step));
+  // x as wgmma's right operand.
+  __device__ __forceinline__ uint64_t input(int stage, int k) const {
+    const uint64_t first = operand_descriptor(shared + input_at(0), Shape::chunk, chunk_bytes(Shape::chunk));
+    return first + stage * descriptor_step(kInputBytes) + k * descriptor_step(step_bytes(Shape::chunk));
+  }
+};
+
+template <class T, class Shape, int count>
+__device__ __forceinline__ void queue_activity(float (&d)[count], const uint32_t (&y)[kFragments],
+                                               const Stages<Shape>& stages) {
   ptx::wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) Wgmma<T>::rs(d, y + 4 * k, x + k * descriptor_step(kStepBytes));
+  for (int k = 0; k < kSteps; ++k) Wgmma<T>::rs(d, y + 4 * k, stages.input(stages.slot.stage, k));
   ptx::wgmma_commit_group();
 }
 
 // d += y^T x. The y of one stage is made while the tensor cores multiply the one before, and queued before
 // they are done with it; so there are two sets of registers, for even and for odd stages.
-template <class T, class Activity>
-__device__ __forceinline__ void multiply_activity(float (&d)[kAccumulators], const PairSm90& params,
+template <class T, class Shape, int count, class Activity>
+__device__ __forceinline__ void multiply_activity(float (&d)[count], const Stages<Shape>& stages,
                                                   const unsigned char* base, int consumer, int32_t unit,
-                                                  const Piece& piece, uint32_t& step,
-                                                  const Activity& activity) {
-  const uint32_t shared = ptx::shared_address(base);
-  const int cluster = params.plan.cluster;
-  int positions = params.positions - piece.begin * kStagePositions;
+                                                  int positions, const Activity& activity) {
+  Slot& slot = stages.slot;
   const auto load = [&](uint32_t (&y)[kFragments]) {
-    wait_full(shared, step);
-    load_activity<T>(y, base, stage_of(step), consumer, unit, positions, activity);
+    wait_full(stages.shared, slot);
+    load_activity<T>(y, base, slot.stage, consumer, unit, positions, activity);
     positions -= kStagePositions;
   };
   // the products of the stage before this one are over
-  const auto finish = [&](uint32_t (&y)[kFragments]) {
+  const auto finish = [&](uint32_t (&y)[kFragments], Slot before) {
     ptx::wgmma_wait_group<1>();
     ptx::wgmma_hold(y);
-    release(shared, step - 1, cluster);
+    release(stages.shared, before, stages.cluster);
   };
   uint32_t even[kFragments], odd[kFragments];
+  Slot before = slot;
   load(even);
-  queue_activity<T>(d, even, shared, step);
-  ++step;
-  for (int32_t left = piece.end - piece.begin - 1; left > 0; left -= 2) {
+  queue_activity<T>(d, even, stages);
+  for (int32_t left = stages.count - 1; left > 0; left -= 2) {
+    slot = next(before);
     load(odd);
-    queue_activity<T>(d, odd, shared, step);
-    finish(even);
-    ++step;
+    queue_activity<T>(d, odd, stages);
+    finish(even, before);
+    before = slot;
     if (left == 1) break;
+    slot = next(before);
     load(even);
-    queue_activity<T>(d, even, shared, step);
-    finish(odd);
-    ++step;
+    queue_activity<T>(d, even, stages);
+    finish(odd, before);
+    before = slot;
   }
   ptx::wgmma_wait_group<0>();
   ptx::wgmma_hold(d);
   ptx::wgmma_hold(even);
   ptx::wgmma_hold(odd);
-  release(shared, step - 1, cluster);
+  release(stages.shared, before, stages.cluster);
+  slot = next(before);
 }
 
 // d += e^T x for e = dL/du. The products of one stage are under way while the next are queued.
-template <class T>
-__device__ __forceinline__ void multiply_gradient(float (&d)[kAccumulators], const PairSm90& params,
-                                                  uint32_t shared, int consumer, const Piece& piece,
-                                                  uint32_t& step) {
-  for (int32_t i = piece.begin; i < piece.end; ++i, ++step) {
-    const int stage = stage_of(step);
-    const uint64_t x = input_descriptor(shared, stage);
-    const uint64_t e = operand_descriptor(shared + response_at(stage, consumer), 0);
-    wait_full(shared, step);
+template <class T, class Shape, int accumulators>
+__device__ __forceinline__ void multiply_gradient(float (&d)[accumulators], const Stages<Shape>& stages,
+                                                  int consumer) {
+  const uint64_t first = operand_descriptor(stages.shared + response_at(0, consumer), kTileUnits, 0);
+  Slot& slot = stages.slot;
+  Slot before = slot;
+  for (int32_t i = 0; i < stages.count; ++i) {
+    const uint64_t e = first + slot.stage * descriptor_step(kConsumers * kResponseBytes);
+    wait_full(stages.shared, slot);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      Wgmma<T>::ss(d, e + k * descriptor_step(kStepBytes), x + k * descriptor_step(kStepBytes));
+      Wgmma<T>::ss(d, e + k * descriptor_step(step_bytes(kTileUnits)), stages.input(slot.stage, k));
     }
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<1>();
-    if (i > piece.begin) release(shared, step - 1, params.plan.cluster);
+    if (i > 0) release(stages.shared, before, stages.cluster);
+    before = slot;
+    slot = next(slot);
   }
   ptx::wgmma_wait_group<0>();
   ptx::wgmma_hold(d);
-  release(shared, step - 1, params.plan.cluster);
+  release(stages.shared, before, stages.cluster);
 }
 
 // A consumer without units.
-__device__ __forceinline__ void skip(uint32_t shared, int cluster, const Piece& piece, uint32_t& step) {
-  for (int32_t i = piece.begin; i < piece.end; ++i, ++step) {
-    wait_full(shared, step);
-    release(shared, step, cluster);
+template <class Shape>
+__device__ __forceinline__ void skip(const Stages<Shape>& stages) {
+  for (int32_t i = 0; i < stages.count; ++i, stages.slot = next(stages.slot)) {
+    wait_full(stages.shared, stages.slot);
+    release(stages.shared, stages.slot, stages.cluster);
   }
 }
 
 // --- results ------------------------------------------------------------------------------------
 
-// Where a thread's accumulators of one chunk go: the first of them, and which of them exist.
-struct ChunkResult {
+// Where a thread's accumulators of a strip of columns go: the first of them, and which of them exist.
+struct StripResult {
   float* first;
   int64_t next_channel;
   int64_t next_unit;  // the second of the thread's two units
@@ -412,16 +447,18 @@ struct ChunkResult {
   int32_t channels;  // from the first one on
 };
 
-__device__ __forceinline__ ChunkResult chunk_result(const PairSm90& params, int64_t tile, int rank,
-                                                    int consumer, int chunk, int thread) {
+__device__ __forceinline__ StripResult strip_result(const PairSm90& params, int64_t tile, int rank,
+                                                    int consumer, int strip, int thread) {
+  const Plan& plan = params.plan;
   const Filters& layout = params.result[consumer].layout;
-  const Columns columns = columns_of(params.plan, first_chunk(params.plan, tile) + chunk);
-  const int32_t channel = columns.channel + accumulator_column(thread, 0);
-  const int64_t unit = first_unit(params.plan, tile, rank, consumer) + accumulator_unit(thread, 0);
+  const int chunk = strip * kStrip / plan.tile.chunk;
+  const Columns columns = columns_of(plan, first_chunk(plan, tile) + chunk);
+  const int32_t channel = columns.channel + strip * kStrip % plan.tile.chunk + accumulator_column(thread, 0);
+  const int64_t unit = first_unit(plan, tile, rank, consumer) + accumulator_unit(thread, 0);
   const int64_t at =
       unit * layout.stride_unit + channel * layout.stride_channel + columns.tap * layout.stride_tap;
   const int64_t second = accumulator_unit(thread, 2) - accumulator_unit(thread, 0);
-  const int32_t channels = chunk < chunks_of(params.plan, tile) ? params.result_channels - channel : 0;
+  const int32_t channels = chunk < chunks_of(plan, tile) ? params.result_channels - channel : 0;
   return {params.result[consumer].data + at,
           layout.stride_channel,
           second * layout.stride_unit,
@@ -429,9 +466,9 @@ __device__ __forceinline__ ChunkResult chunk_result(const PairSm90& params, int6
           channels};
 }
 
-// Accumulators 4 quad to 4 quad + 3, of 8 channels further for each quad of the chunk.
-__device__ __forceinline__ void store_quad(const ChunkResult& result, int quad, const float4& sum) {
-  const int channel = accumulator_column(0, 4 * (quad % (kQuads / kChunks)));
+// Four accumulators, of 8 channels further for each quad of the strip.
+__device__ __forceinline__ void store_quad(const StripResult& result, int quad, const float4& sum) {
+  const int channel = accumulator_column(0, 4 * (quad % kStripQuads));
   float* const first = result.first + channel * result.next_channel;
   float* const second = first + result.next_unit;
   const bool has_first = channel < result.channels, has_next = channel + 1 < result.channels;
@@ -441,12 +478,16 @@ __device__ __forceinline__ void store_quad(const ChunkResult& result, int quad, 
   if (has_next && result.has_unit[1]) second[result.next_channel] = sum.w;
 }
 
-__device__ __forceinline__ float4 quad_of(const float (&d)[kAccumulators], int quad) {
+template <int count>
+__device__ __forceinline__ float4 quad_of(const float (&d)[count], int quad) {
   return {d[4 * quad], d[4 * quad + 1], d[4 * quad + 2], d[4 * quad + 3]};
 }
 
-__device__ __forceinline__ void store_piece(const PairSm90& params, const float (&d)[kAccumulators],
-                                            int64_t segment, int rank, int consumer, const Piece& piece) {
+template <int count>
+__device__ __forceinline__ void store_piece(const PairSm90& params, const float (&d)[count], int consumer,
+                                            const Piece& piece) {
+  constexpr int kQuads = count / 4;
+  const int segment = ptx::cluster_id(), rank = ptx::cluster_rank();
   const int thread = threadIdx.x % kWarpgroup;
   if (!is_whole(params.plan, piece)) {
     const int slot = slot_of(params.plan, segment, piece.tile);
@@ -456,38 +497,38 @@ __device__ __forceinline__ void store_piece(const PairSm90& params, const float 
     return;
   }
 #pragma unroll
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-    const ChunkResult result = chunk_result(params, piece.tile, rank, consumer, chunk, thread);
+  for (int strip = 0; strip < kQuads / kStripQuads; ++strip) {
+    const StripResult result = strip_result(params, piece.tile, rank, consumer, strip, thread);
 #pragma unroll
-    for (int i = 0; i < kQuads / kChunks; ++i)
-      store_quad(result, i, quad_of(d, chunk * (kQuads / kChunks) + i));
+    for (int i = 0; i < kStripQuads; ++i) store_quad(result, i, quad_of(d, strip * kStripQuads + i));
   }
 }
 
-template <class T>
-__device__ __forceinline__ void consume_piece(const PairSm90& params, const unsigned char* base,
-                                              int64_t segment, int rank, int consumer, const Piece& piece,
-                                              uint32_t& step) {
-  const uint32_t shared = ptx::shared_address(base);
-  const int64_t unit = first_unit(params.plan, piece.tile, rank, consumer);
+template <class T, class Shape>
+__device__ __forceinline__ void consume_piece(const PairSm90& params, const unsigned char* base, int consumer,
+                                              const Piece& piece, Slot& slot) {
+  const Stages<Shape> stages{ptx::shared_address(base), params.plan.cluster, slot, piece.end - piece.begin};
+  const int64_t unit = first_unit(params.plan, piece.tile, ptx::cluster_rank(), consumer);
   if (unit >= params.units) {
-    skip(shared, params.plan.cluster, piece, step);
+    skip(stages);
     return;
   }
-  const Competition& competition = params.competition;
-  float d[kAccumulators];
+  float d[accumulators_of(Shape::columns)];
 #pragma unroll
-  for (int i = 0; i < kAccumulators; ++i) d[i] = 0.0f;
+  for (float& sum : d) sum = 0.0f;
+  const Competition& competition = params.competition;
+  const auto multiply = [&](const auto& activity) {
+    multiply_activity<T>(d, stages, base, consumer, static_cast<int32_t>(unit),
+                         params.positions - piece.begin * kStagePositions, activity);
+  };
   if (!params.is_activity[consumer]) {
-    multiply_gradient<T>(d, params, shared, consumer, piece, step);
+    multiply_gradient<T>(d, stages, consumer);
   } else if (competition.activity == Activity::softmax && !competition.selects && !competition.anti) {
-    multiply_activity<T>(d, params, base, consumer, static_cast<int32_t>(unit), piece, step,
-                         SoftmaxActivity{competition.scale});
+    multiply(SoftmaxActivity{competition.scale});
   } else {
-    multiply_activity<T>(d, params, base, consumer, static_cast<int32_t>(unit), piece, step,
-                         AnyActivity{competition});
+    multiply(AnyActivity{competition});
   }
-  store_piece(params, d, segment, rank, consumer, piece);
+  store_piece(params, d, consumer, piece);
 }
 
 // --- kernels ------------------------------------------------------------------------------------
@@ -514,26 +555,23 @@ __device__ __forceinline__ void begin(const PairSm90& params, unsigned char* bas
   ptx::barrier_cluster_wait();
 }
 
-template <class T>
+template <class T, class Shape>
 __global__ void __launch_bounds__(kThreads, 1) pair_kernel(const __grid_constant__ PairSm90 params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(GHL_CUDA_ON_HOST)
   unsigned char* const base = dynamic_shared<unsigned char>();
   const uint32_t shared = ptx::shared_address(base);
-  const Plan& plan = params.plan;
-  const int rank = static_cast<int>(blockIdx.x % plan.cluster);
-  const int64_t cluster = blockIdx.x / plan.cluster;
   const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
   begin(params, base);
   if (warpgroup == kConsumers) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
-    produce_as(__shfl_sync(kAllLanes, threadIdx.x / kWarp % kWarps, 0), params, shared, cluster, rank);
+    produce_as<Shape>(__shfl_sync(kAllLanes, threadIdx.x / kWarp % kWarps, 0), params, shared);
   } else {
     ptx::setmaxnreg_inc<kConsumerRegisters>();
-    uint32_t step = 0;
-    Progress progress;
-    Piece piece;
-    while (next_piece(plan, cluster, progress, piece)) {
-      consume_piece<T>(params, base, cluster, rank, warpgroup, piece, step);
+    Slot slot;
+    int32_t done = 0;
+    for (Piece piece; piece_after(params.plan, ptx::cluster_id(), done, piece);
+         done = done_after(params.plan, done, piece)) {
+      consume_piece<T, Shape>(params, base, warpgroup, piece, slot);
     }
   }
   // A block that ended would take its shared memory from under the other's copies and arrivals.
@@ -546,8 +584,9 @@ __global__ void __launch_bounds__(kThreads, 1) pair_kernel(const __grid_constant
 __global__ void __launch_bounds__(kWarpgroup) sum_partials(const __grid_constant__ PairSm90 params) {
   const Plan& plan = params.plan;
   int64_t block = blockIdx.x;
-  const int quad = static_cast<int>(block % kQuads);
-  block /= kQuads;
+  const int quads = quads_of(columns_of(plan.tile));
+  const int quad = static_cast<int>(block % quads);
+  block /= quads;
   const int consumer = static_cast<int>(block % kConsumers);
   block /= kConsumers;
   const int rank = static_cast<int>(block % plan.cluster);
@@ -566,7 +605,7 @@ __global__ void __launch_bounds__(kWarpgroup) sum_partials(const __grid_constant
     sum.z += part.z;
     sum.w += part.w;
   }
-  store_quad(chunk_result(params, tile, rank, consumer, quad / (kQuads / kChunks), thread), quad, sum);
+  store_quad(strip_result(params, tile, rank, consumer, quad / kStripQuads, thread), quad, sum);
 }
 
 }  // namespace ghl::sm90

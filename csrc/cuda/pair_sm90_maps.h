@@ -155,23 +155,35 @@ inline Status map_status(const Encoders& encoders, const std::string& what, CUre
                          std::to_string(static_cast<int>(result)) + (text ? std::string(": ") + text : ""));
 }
 
-// Boxes of a stage's positions: rows of 64 elements of a matrix, swizzled, or one row of numbers, as they
-// lie.
+inline CUtensorMapSwizzle swizzle_of(int columns) {
+  return row_bytes(columns) == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+}
+
+// A matrix in boxes: so many columns, of whose rows the swizzle is given too, by so many rows.
+struct Box {
+  cuuint32_t columns;
+  cuuint32_t rows;
+  CUtensorMapSwizzle swizzle;
+};
+
+inline Box box_of_rows(int columns) {
+  return {static_cast<cuuint32_t>(columns), kStagePositions, swizzle_of(columns)};
+}
+
 inline Status encode_rows(const Encoders& encoders, const std::string& what, CUtensorMap& map,
-                          const Tensor& tensor, CUtensorMapDataType type, int64_t element, cuuint32_t rows) {
+                          const Tensor& tensor, CUtensorMapDataType type, int64_t element, const Box& of) {
   if (!encoders.tiled) return Status::failure(what + ": the driver has no cuTensorMapEncodeTiled");
   const MapShape shape = map_shape(tensor, element);
-  const cuuint32_t first = rows > 1 ? kChunk : kStagePositions;
-  const cuuint32_t box[2] = {first, rows}, steps[2] = {1, 1};
+  const cuuint32_t box[2] = {of.columns, of.rows}, steps[2] = {1, 1};
   return map_status(encoders, what,
                     encoders.tiled(&map, type, 2, const_cast<void*>(tensor.data), shape.size.data(),
-                                   shape.stride.data(), box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                   rows > 1 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                                   shape.stride.data(), box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, of.swizzle,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 }
 
 inline Status encode_patches(const Encoders& encoders, const std::string& what, CUtensorMap& map,
-                             const Tensor& tensor, CUtensorMapDataType type, const Patches& patches) {
+                             const Tensor& tensor, CUtensorMapDataType type, const Patches& patches,
+                             int chunk) {
   if (!encoders.im2col) return Status::failure(what + ": the driver has no cuTensorMapEncodeIm2col");
   const MapShape shape = map_shape(tensor, kElement);
   int lower[3], upper[3];
@@ -184,8 +196,8 @@ inline Status encode_patches(const Encoders& encoders, const std::string& what, 
   return map_status(
       encoders, what,
       encoders.im2col(&map, type, static_cast<cuuint32_t>(tensor.rank), const_cast<void*>(tensor.data),
-                      shape.size.data(), shape.stride.data(), lower, upper, kChunk, kStagePositions, steps,
-                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                      shape.size.data(), shape.stride.data(), lower, upper, static_cast<cuuint32_t>(chunk),
+                      kStagePositions, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(chunk),
                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 }
 
@@ -225,10 +237,8 @@ inline bool takes_input(const PairParams& params) {
   return source == Source::rows || fits_im2col(patches_of(geometry), source, geometry);
 }
 
-// Chunks are 64 channels wide: with fewer than half of that, most of the work would be for nothing.
-inline bool fills_chunks(int64_t channels) {
-  return 2 * channels >= ceil_of<int64_t>(channels, kChunk) * kChunk;
-}
+// With fewer, most of a chunk, and so of the work, would be for nothing.
+constexpr int64_t kLeastChannels = kStrip;
 
 inline bool is_small_enough(const PairParams& params) {
   const ConvGeometry& geometry = params.geometry;
@@ -252,12 +262,14 @@ inline Status encode_maps(const Encoders& encoders, const std::string& what, con
                           PairSm90& params) {
   const CUtensorMapDataType type = map_type(from.dtype);
   const Tensor x = input_tensor(from, params.source);
+  const int chunk = params.plan.tile.chunk;
   Status status = params.source == Source::rows
-                      ? encode_rows(encoders, what, params.x, x, type, kElement, kStagePositions)
-                      : encode_patches(encoders, what, params.x, x, type, params.patches);
+                      ? encode_rows(encoders, what, params.x, x, type, kElement, box_of_rows(chunk))
+                      : encode_patches(encoders, what, params.x, x, type, params.patches, chunk);
   for (int i = 0; status.ok && i < kConsumers; ++i) {
     const Tensor responses = response_tensor(from, params.is_activity[i] ? from.u : from.grad);
-    status = encode_rows(encoders, what, params.responses[i], responses, type, kElement, kStagePositions);
+    status =
+        encode_rows(encoders, what, params.responses[i], responses, type, kElement, box_of_rows(kTileUnits));
   }
   const std::array<const void*, kStates> states = states_of(from);
   for (int i = 0; status.ok && i < kStates; ++i) {
@@ -269,7 +281,7 @@ inline Status encode_maps(const Encoders& encoders, const std::string& what, con
     const bool is_index = i % 2 == 1;
     status = encode_rows(encoders, what, params.states[i], numbers,
                          is_index ? CU_TENSOR_MAP_DATA_TYPE_INT32 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-                         sizeof(float), 1);
+                         sizeof(float), {kStagePositions, 1, CU_TENSOR_MAP_SWIZZLE_NONE});
   }
   return status;
 }
@@ -295,7 +307,7 @@ inline PairSm90 kernel_params(const PairParams& from, const Plan& plan) {
 inline bool cuts_tiles(const Plan& plan) { return plan.segments > 1 && plan.length % plan.stages != 0; }
 
 inline int64_t partial_sum_blocks(const Plan& plan) {
-  return (plan.segments - 1) * plan.cluster * kConsumers * kQuads;
+  return (plan.segments - 1) * plan.cluster * kConsumers * quads_of(columns_of(plan.tile));
 }
 
 inline bool takes(const PairParams& params, const DeviceInfo& info) {
@@ -304,7 +316,7 @@ inline bool takes(const PairParams& params, const DeviceInfo& info) {
   if (params.dtype == DType::f32 || geometry.groups != 1) return false;
   if (!wants_a(params) && !wants_g(params)) return false;
   if (params.units < 1 || geometry.positions() < 1 || !is_small_enough(params)) return false;
-  if (!fills_chunks(geometry.channels) || lacks_state(params) || !is_aligned(params)) return false;
+  if (geometry.channels < kLeastChannels || lacks_state(params) || !is_aligned(params)) return false;
   return takes_input(params) && takes_responses(params, params.u) && takes_responses(params, params.grad);
 }
 

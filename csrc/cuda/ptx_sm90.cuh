@@ -52,6 +52,18 @@ __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
+// The cluster's number in the grid, and the block's in the cluster.
+__device__ __forceinline__ int32_t cluster_id() {
+  int32_t id;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+  return id;
+}
+__device__ __forceinline__ int32_t cluster_rank() {
+  int32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
 // --- barriers in shared memory ------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -194,70 +206,83 @@ __device__ __forceinline__ void wgmma_hold(Register (&registers)[count]) {
   }
 }
 
-// The operands d[0] to d[127] of an assembler statement, and the list of them in its text.
-#define GHL_TEXT_OF_128                                                                          \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define GHL_OPERANDS_128(d)                                                                                 \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),           \
-      "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-      "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),            \
-      "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),            \
-      "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]),            \
-      "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),            \
-      "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]),            \
-      "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]),            \
-      "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]),            \
-      "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),            \
-      "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]),            \
-      "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]),            \
-      "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]),            \
-      "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]),            \
-      "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]),     \
-      "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]),     \
-      "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]),     \
-      "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+// The operands d[0] on of an assembler statement, and the list of them in its text: sixteen at a time, and
+// all of them.
+#define GHL_OPERANDS_16(d, i)                                                                           \
+  "+f"(d[i + 0]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),       \
+      "+f"(d[i + 6]), "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9]), "+f"(d[i + 10]), "+f"(d[i + 11]), \
+      "+f"(d[i + 12]), "+f"(d[i + 13]), "+f"(d[i + 14]), "+f"(d[i + 15])
+#define GHL_OPERANDS_32(d) GHL_OPERANDS_16(d, 0), GHL_OPERANDS_16(d, 16)
+#define GHL_OPERANDS_64(d) \
+  GHL_OPERANDS_16(d, 0), GHL_OPERANDS_16(d, 16), GHL_OPERANDS_16(d, 32), GHL_OPERANDS_16(d, 48)
+#define GHL_OPERANDS_96(d)                                                                       \
+  GHL_OPERANDS_16(d, 0), GHL_OPERANDS_16(d, 16), GHL_OPERANDS_16(d, 32), GHL_OPERANDS_16(d, 48), \
+      GHL_OPERANDS_16(d, 64), GHL_OPERANDS_16(d, 80)
+#define GHL_OPERANDS_112(d)                                                                      \
+  GHL_OPERANDS_16(d, 0), GHL_OPERANDS_16(d, 16), GHL_OPERANDS_16(d, 32), GHL_OPERANDS_16(d, 48), \
+      GHL_OPERANDS_16(d, 64), GHL_OPERANDS_16(d, 80), GHL_OPERANDS_16(d, 96)
+#define GHL_OPERANDS_128(d)                                                                      \
+  GHL_OPERANDS_16(d, 0), GHL_OPERANDS_16(d, 16), GHL_OPERANDS_16(d, 32), GHL_OPERANDS_16(d, 48), \
+      GHL_OPERANDS_16(d, 64), GHL_OPERANDS_16(d, 80), GHL_OPERANDS_16(d, 96), GHL_OPERANDS_16(d, 112)
+#define GHL_TEXT_OF_32                                                   \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define GHL_TEXT_OF_64                                                               \
+  GHL_TEXT_OF_32                                                                     \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define GHL_TEXT_OF_96                                                               \
+  GHL_TEXT_OF_64                                                                     \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define GHL_TEXT_OF_112 \
+  GHL_TEXT_OF_96        \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define GHL_TEXT_OF_128 \
+  GHL_TEXT_OF_112       \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// d += a b for 64x16 a, 16x256 b and float d: asynchronous, by a warpgroup. b is in shared memory with its
-// columns contiguous, by its descriptor; a is in registers (rs) or in shared memory with its rows contiguous
-// (ss). d, and a in registers, must not be touched until the group is waited for.
+// d += a b for 64x16 a, 16xN b and float d, of which a thread has N / 2: asynchronous, by a warpgroup. b is
+// in shared memory with its columns contiguous, by its descriptor; a is in registers (rs) or in shared memory
+// with its rows contiguous (ss). d, and a in registers, must not be touched until the group is waited for.
+// `count` is N / 2, and the others are the numbers of the operands that follow d's.
+#define GHL_DEFINE_WGMMA(type, n, count, a0, a1, a2, a3, b0)                                                \
+  __device__ __forceinline__ void wgmma_m64k16_##type##_rs(float (&d)[count], const uint32_t* a,            \
+                                                           uint64_t b) {                                    \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" GHL_TEXT_OF_##count \
+                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0 ", 1, 1, 1, 1;"                       \
+                 : GHL_OPERANDS_##count(d)                                                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                     \
+  }                                                                                                         \
+  __device__ __forceinline__ void wgmma_m64k16_##type##_ss(float (&d)[count], uint64_t a, uint64_t b) {     \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" GHL_TEXT_OF_##count \
+                 "}, %" #a0 ", %" #a1 ", 1, 1, 1, 1, 1;"                                                    \
+                 : GHL_OPERANDS_##count(d)                                                                  \
+                 : "l"(a), "l"(b));                                                                         \
+  }
+#define GHL_DEFINE_WGMMAS(type)                             \
+  GHL_DEFINE_WGMMA(type, 64, 32, 32, 33, 34, 35, 36)        \
+  GHL_DEFINE_WGMMA(type, 128, 64, 64, 65, 66, 67, 68)       \
+  GHL_DEFINE_WGMMA(type, 192, 96, 96, 97, 98, 99, 100)      \
+  GHL_DEFINE_WGMMA(type, 224, 112, 112, 113, 114, 115, 116) \
+  GHL_DEFINE_WGMMA(type, 256, 128, 128, 129, 130, 131, 132)
 
-__device__ __forceinline__ void wgmma_m64n256k16_bf16_rs(float (&d)[128], const uint32_t* a, uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" GHL_TEXT_OF_128
-               "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
-               : GHL_OPERANDS_128(d)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+GHL_DEFINE_WGMMAS(bf16)
+GHL_DEFINE_WGMMAS(f16)
 
-__device__ __forceinline__ void wgmma_m64n256k16_bf16_ss(float (&d)[128], uint64_t a, uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" GHL_TEXT_OF_128
-               "}, %128, %129, 1, 1, 1, 1, 1;"
-               : GHL_OPERANDS_128(d)
-               : "l"(a), "l"(b));
-}
-
-__device__ __forceinline__ void wgmma_m64n256k16_f16_rs(float (&d)[128], const uint32_t* a, uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" GHL_TEXT_OF_128
-               "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
-               : GHL_OPERANDS_128(d)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void wgmma_m64n256k16_f16_ss(float (&d)[128], uint64_t a, uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" GHL_TEXT_OF_128
-               "}, %128, %129, 1, 1, 1, 1, 1;"
-               : GHL_OPERANDS_128(d)
-               : "l"(a), "l"(b));
-}
-
-#undef GHL_TEXT_OF_128
+#undef GHL_DEFINE_WGMMAS
+#undef GHL_DEFINE_WGMMA
+#undef GHL_OPERANDS_16
+#undef GHL_OPERANDS_32
+#undef GHL_TEXT_OF_32
+#undef GHL_OPERANDS_64
+#undef GHL_TEXT_OF_64
+#undef GHL_OPERANDS_96
+#undef GHL_TEXT_OF_96
+#undef GHL_OPERANDS_112
+#undef GHL_TEXT_OF_112
 #undef GHL_OPERANDS_128
+#undef GHL_TEXT_OF_128
 
 }  // namespace ghl::ptx
 

@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {"bf16": "F32.BF16", "f16": "F32"}
+DTYPES = {"bf16": "F32.BF16", "f16": "F32"}
+TILES = ((64, 4), (64, 3), (64, 2), (64, 1), (32, 8), (32, 7))  # channels of a chunk, chunks
+KERNELS = [(dtype, chunk, chunks) for dtype in DTYPES for chunk, chunks in TILES]
 REGISTERS = 65536 // 384 // 8 * 8  # of a thread, as the block starts
 CONSUMER_REGISTERS = 224  # after setmaxnreg
+Kernel = tuple[str, int, int]
+Hopper = tuple[str, dict[Kernel, list[str]]]
 
 
 def tool(name: str, *folders: Path) -> Path:
@@ -49,48 +53,52 @@ def for_archs(*archs: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def hopper(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, list[str]]]:
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> Hopper:
     """ptxas's report, and the instructions of each kernel."""
     target = tmp_path_factory.mktemp("sm90") / "pair_sm90.o"
     report = compiled(target, *for_archs("90a"))
     dump = subprocess.run([cuobjdump(), "-sass", target], capture_output=True, text=True, check=True).stdout
-    kernels: dict[str, list[str]] = {}
+    kernels: dict[Kernel, list[str]] = {}
     for function in dump.split("Function : ")[1:]:
         name, _, body = function.partition("\n")
-        dtype = re.search(r"pair_kernel.*?\d(bf16|f16)E", name)
-        kernels[dtype[1] if dtype else name] = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", body, re.M)
+        if found := re.search(r"pair_kernel.*?\d(bf16|f16)E.*?4TileILi(\d+)ELi(\d+)E", name):
+            kernel = (found[1], int(found[2]), int(found[3]))
+            kernels[kernel] = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", body, re.M)
+    assert sorted(kernels) == sorted(KERNELS)
     return report, kernels
 
 
-def test_budgets(hopper: tuple[str, dict[str, list[str]]]) -> None:
+def test_budgets(hopper: Hopper) -> None:
     report, _ = hopper
     used = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
-    assert len(used) == 3
+    # the kernels, and the one that sums their parts
+    assert len(used) == len(KERNELS) + 1
     # setmaxnreg deals out what the block starts with: fewer, and a consumer would wait for more forever
-    assert sorted(used)[1:] == [REGISTERS, REGISTERS]
+    assert set(sorted(used)[1:]) == {REGISTERS}
     spilled = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
     )
     assert set(spilled) == {("0", "0", "0")}
 
 
-def test_ptxas_serializes_nothing(hopper: tuple[str, dict[str, list[str]]]) -> None:
+def test_ptxas_serializes_nothing(hopper: Hopper) -> None:
     report, _ = hopper
     assert "C75" not in report
     assert "serializ" not in report.lower()
 
 
-@pytest.mark.parametrize("dtype", KERNELS)
-def test_instructions(hopper: tuple[str, dict[str, list[str]]], dtype: str) -> None:
-    _, kernels = hopper
-    count = Counter(word for line in kernels[dtype] for word in line.split() if "." in word)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_instructions(hopper: Hopper, kernel: Kernel) -> None:
+    dtype, chunk, chunks = kernel
+    lines = hopper[1][kernel]
+    count = Counter(word for line in lines for word in line.split() if "." in word)
     # softmax and any activity, of the first, odd and even stages, and the gradient: two steps of a stage each
-    assert count[f"HGMMA.64x256x16.{KERNELS[dtype]}"] == 14
+    assert count[f"HGMMA.64x{chunk * chunks}x16.{DTYPES[dtype]}"] == 14
     for copy in ("UTMALDG.2D", "UTMALDG.4D.IM2COL", "UTMALDG.5D.IM2COL"):
         assert count[copy] > 0
         assert count[f"{copy}.MULTICAST"] > 0
     assert sum(word.startswith("USETMAXREG") for word in count) == 2
-    highest = max(int(number) for line in kernels[dtype] for number in re.findall(r"\bR(\d+)\b", line))
+    highest = max(int(number) for line in lines for number in re.findall(r"\bR(\d+)\b", line))
     assert highest < CONSUMER_REGISTERS
 
 
@@ -99,18 +107,16 @@ def registers(operand: str, count: int) -> set[int]:
     return set(range(int(first[1]), int(first[1]) + count)) if first else set()
 
 
-@pytest.mark.parametrize("dtype", KERNELS)
-def test_nothing_touches_registers_that_wgmma_uses(
-    hopper: tuple[str, dict[str, list[str]]], dtype: str
-) -> None:
-    _, kernels = hopper
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_nothing_touches_registers_that_wgmma_uses(hopper: Hopper, kernel: Kernel) -> None:
+    _, chunk, chunks = kernel
     sums: set[int] = set()
     groups: list[set[int]] = [set()]  # the left operands of those under way, and of the one that is queued
     waits = 0
-    for line in kernels[dtype]:
+    for line in hopper[1][kernel]:
         if "HGMMA" in line:
             target, left = re.search(r"HGMMA\S+ (R\d+), ([^,]+),", line).groups()  # type: ignore[union-attr]
-            sums |= registers(target, 128)
+            sums |= registers(target, chunk * chunks // 2)
             groups[-1] |= registers(left, 4)
             if "gsb0" in line:
                 groups.append(set())

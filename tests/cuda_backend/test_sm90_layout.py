@@ -155,6 +155,38 @@ def check_clusters(layout: ctypes.CDLL, rng: random.Random) -> int:
     return waves
 
 
+@pytest.mark.parametrize(
+    ("channels", "taps", "columns", "tile"),
+    [
+        (384, 9, 3584, 256),
+        (4096, 1, 4096, 256),
+        (96, 9, 896, 224),
+        (64, 9, 576, 192),
+        (64, 1, 64, 64),
+        (128, 1, 128, 128),
+        (32, 27, 896, 224),
+    ],
+)
+def test_tiles_leave_few_columns_empty(
+    layout: ctypes.CDLL, channels: int, taps: int, columns: int, tile: int
+) -> None:
+    assert shapes(layout, channels, taps)[0] == (columns, tile)
+
+
+def shapes(layout: ctypes.CDLL, channels: int, taps: int) -> list[tuple[int, int]]:
+    """Columns that are multiplied and those of a tile, of the chosen shape and of all that there are."""
+    rows = (ctypes.c_int64 * 40)()
+    count = layout.tile_shapes(ctypes.c_int64(channels), ctypes.c_int64(taps), rows)
+    return [(rows[2 * i], rows[2 * i + 1]) for i in range(count)]
+
+
+def test_no_other_tile_multiplies_much_less(layout: ctypes.CDLL) -> None:
+    for channels, taps in itertools.product(range(32, 520, 8), (1, 3, 9, 25, 27)):
+        (chosen, _), *others = shapes(layout, channels, taps)
+        assert chosen >= channels * taps
+        assert 0.95 * 0.95 * chosen <= min(columns for columns, _ in others)
+
+
 def test_partial_sums_have_places_of_their_own(layout: ctypes.CDLL) -> None:
     places = [layout.partial_index(ctypes.c_int64(b), s, c, q, t) for b, s, c, q, t in itertools.product(
         range(2), range(2), range(2), range(32), range(128))]  # fmt: skip

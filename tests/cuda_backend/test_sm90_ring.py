@@ -8,6 +8,7 @@ where a tile has no units. Parities and arrival counts are the kernel's own func
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -204,6 +205,12 @@ def ring_of(layout: ctypes.CDLL, stages: int, steps: int, blocks: int, **planted
             **planted,
         }
     )
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 9])
+def test_a_jump_leads_where_its_steps_do(layout: ctypes.CDLL, stages: int) -> None:
+    for step, further in itertools.product(range(3 * stages), range(3 * stages)):
+        assert layout.ring_jumps(step, further, stages)
 
 
 @pytest.mark.parametrize(("stages", "steps", "blocks"), [(2, 7, 1), (3, 10, 1), (4, 13, 1), (2, 5, 2)])

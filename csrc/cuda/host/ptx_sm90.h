@@ -27,7 +27,8 @@ struct TensorMap {
   uint8_t rank, element;
   uint8_t rows;     // of a box, or pixels of a column
   uint8_t columns;  // along the contiguous dimension
-  bool im2col, swizzle;
+  bool im2col;
+  uint8_t swizzle;  // bytes of the rows that it permutes, 0: none
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
@@ -52,8 +53,11 @@ inline void copy_element(const TensorMap& map, const int64_t (&at)[5], unsigned 
   }
 }
 
-// Bits 4 to 6 of an address are exclusive-ored with bits 7 to 9.
-inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 3 & 0x70); }
+// Bits 4 to 6 of an address are exclusive-ored with bits 7 to 9; with rows of 64 bytes only two of them.
+inline uint32_t swizzled_address(uint32_t address, uint32_t bytes) {
+  const uint32_t pieces = bytes == 128 ? 0x70 : bytes == 64 ? 0x30 : 0;
+  return address ^ (address >> 3 & pieces);
+}
 
 // Row of a box: at[0] is its first element.
 inline void copy_row(const TensorMap& map, int64_t (&at)[5], unsigned rank, uint32_t shared, int row) {
@@ -61,7 +65,7 @@ inline void copy_row(const TensorMap& map, int64_t (&at)[5], unsigned rank, uint
   for (int i = 0; i < map.columns; ++i) {
     const uint32_t address = shared + static_cast<uint32_t>((row * map.columns + i) * map.element);
     at[0] = first + i;
-    copy_element(map, at, shared_pointer(rank, map.swizzle ? swizzle_128(address) : address));
+    copy_element(map, at, shared_pointer(rank, swizzled_address(address, map.swizzle)));
   }
   at[0] = first;
 }
@@ -106,9 +110,10 @@ void copy_to_cluster(const CUtensorMap& encoded, uint32_t barrier, unsigned mask
   }
 }
 
-// A queued wgmma of one thread: 64x16 times 16x256.
+// A queued wgmma of one thread: 64x16 times 16 by twice as many columns as the thread has sums.
 struct Product {
   float* d;
+  int sums;
   const uint32_t* a;  // null: a is in shared memory
   uint64_t a_descriptor, b_descriptor;
   bool half;
@@ -130,16 +135,19 @@ inline float element_of(uint32_t bits, bool half) {
   return half ? ptx::cvt_f32_f16(low) : ptx::bf16_to_float(low);
 }
 
-// Element (k, column) of an operand with contiguous columns and a swizzle of 128 bytes: 64 columns, then the
-// next 64 at the leading offset; 8 rows, then the next 8 at the stride offset.
-inline float operand_element(uint64_t descriptor, int k, int column, bool half) {
-  if (descriptor >> 62 != 1) throw std::runtime_error("wgmma: not a descriptor of 128-byte swizzling");
+// Element (k, column) of an operand with contiguous columns and swizzled rows of 128 or 64 bytes: as many
+// columns, then the next at the leading offset; 8 rows, then the next 8 at the stride offset.
+inline float operand_element(uint64_t descriptor, uint32_t k, uint32_t column, bool half) {
+  const uint64_t mode = descriptor >> 62;
+  if (mode != 1 && mode != 2) throw std::runtime_error("wgmma: a descriptor of neither swizzle");
+  const uint32_t bytes = mode == 1 ? 128 : 64, columns = bytes / 2;
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
   const uint32_t leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
-  const uint32_t address = start + column / 64 * leading + k / 8 * stride + k % 8 * 128 + column % 64 * 2;
+  const uint32_t address =
+      start + column / columns * leading + k / 8 * stride + k % 8 * bytes + column % columns * 2;
   uint16_t bits;
-  std::memcpy(&bits, shared_pointer(own_rank(), swizzle_128(address)), sizeof bits);
+  std::memcpy(&bits, shared_pointer(own_rank(), swizzled_address(address, bytes)), sizeof bits);
   return element_of(bits, half);
 }
 
@@ -152,7 +160,7 @@ inline float fragment_element(const uint32_t* const (&a)[32], int row, int k, bo
 
 inline void multiply(const Product& product, const uint32_t* const (&a)[32]) {
   const unsigned thread = own_thread() % 128;
-  for (int i = 0; i < 128; ++i) {
+  for (int i = 0; i < product.sums; ++i) {
     const int row = static_cast<int>(thread % 32 / 4) + i / 2 % 2 * 8;
     const int column = i / 4 * 8 + static_cast<int>(thread % 4) * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
@@ -181,6 +189,8 @@ namespace ghl::ptx {
 inline uint32_t shared_address(const void* pointer) { return host::shared_address(pointer); }
 inline uint32_t mapa(uint32_t shared, uint32_t rank) { return rank << 24 | shared; }
 
+inline int32_t cluster_id() { return static_cast<int32_t>(host::block_index().x); }
+inline int32_t cluster_rank() { return static_cast<int32_t>(host::own_rank()); }
 inline void barrier_cluster_arrive() {}
 inline void barrier_cluster_wait() { host::block_barrier(); }
 
@@ -259,19 +269,24 @@ void wgmma_wait_group() {
 template <class Register, int count>
 void wgmma_hold(Register (&)[count]) {}
 
-inline void queue_product(float (&d)[128], const uint32_t* a, uint64_t a_descriptor, uint64_t b, bool half) {
-  host::products(host::own_rank(), host::own_thread()).open.push_back({d, a, a_descriptor, b, half});
+template <int count>
+void queue_product(float (&d)[count], const uint32_t* a, uint64_t a_descriptor, uint64_t b, bool half) {
+  host::products(host::own_rank(), host::own_thread()).open.push_back({d, count, a, a_descriptor, b, half});
 }
-inline void wgmma_m64n256k16_bf16_rs(float (&d)[128], const uint32_t* a, uint64_t b) {
+template <int count>
+void wgmma_m64k16_bf16_rs(float (&d)[count], const uint32_t* a, uint64_t b) {
   queue_product(d, a, 0, b, false);
 }
-inline void wgmma_m64n256k16_bf16_ss(float (&d)[128], uint64_t a, uint64_t b) {
+template <int count>
+void wgmma_m64k16_bf16_ss(float (&d)[count], uint64_t a, uint64_t b) {
   queue_product(d, nullptr, a, b, false);
 }
-inline void wgmma_m64n256k16_f16_rs(float (&d)[128], const uint32_t* a, uint64_t b) {
+template <int count>
+void wgmma_m64k16_f16_rs(float (&d)[count], const uint32_t* a, uint64_t b) {
   queue_product(d, a, 0, b, true);
 }
-inline void wgmma_m64n256k16_f16_ss(float (&d)[128], uint64_t a, uint64_t b) {
+template <int count>
+void wgmma_m64k16_f16_ss(float (&d)[count], uint64_t a, uint64_t b) {
   queue_product(d, nullptr, a, b, true);
 }
 

@@ -19,21 +19,25 @@ void expect(const char* what, long at, long ours, long theirs) {
   std::printf("%s %ld: %ld, CuTe has %ld\n", what, at, ours, theirs);
 }
 
-// A tile of contiguous columns by 64 positions, its groups of 64 columns one after the other.
-template <class Columns>
+template <int chunk>
+using Atom = std::conditional_t<chunk == 64, GMMA::Layout_MN_SW128_Atom<bfloat16_t>,
+                                GMMA::Layout_MN_SW64_Atom<bfloat16_t>>;
+
+// A tile of contiguous columns by a stage's positions, its chunks one after the other.
+template <int chunk, class Columns>
 auto tile_layout(Columns columns) {
-  return tile_to_shape(GMMA::Layout_MN_SW128_Atom<bfloat16_t>{},
-                       make_shape(columns, Int<sm90::kStagePositions>{}), Step<_2, _1>{});
+  return tile_to_shape(Atom<chunk>{}, make_shape(columns, Int<sm90::kStagePositions>{}), Step<_2, _1>{});
 }
 
 // Elements of the tile where the copies of its chunks lay them, and the offset of every wgmma step.
-template <class Columns>
-void check_tile(const char* what, Columns columns, uint32_t next) {
+template <int chunk, class Columns>
+void check_tile(const char* what, Columns columns) {
+  constexpr uint32_t next = Columns::value > chunk ? sm90::chunk_bytes(chunk) : 0;
   alignas(1024) static bfloat16_t memory[256 * 64];
-  const auto tile = make_tensor(make_smem_ptr(memory), tile_layout(columns));
+  const auto tile = make_tensor(make_smem_ptr(memory), tile_layout<chunk>(columns));
   for (int row = 0; row < sm90::kStagePositions; ++row) {
     for (int column = 0; column < columns; ++column) {
-      const int ours = column / sm90::kChunk * sm90::kChunkBytes + sm90::swizzled(row, column % sm90::kChunk);
+      const int ours = column / chunk * sm90::chunk_bytes(chunk) + sm90::swizzled<chunk>(row, column % chunk);
       expect(what, row * 1000 + column, ours,
              static_cast<long>(&tile(column, row) - memory) * sm90::kElement);
     }
@@ -43,21 +47,22 @@ void check_tile(const char* what, Columns columns, uint32_t next) {
     // on a host CuTe knows no shared address: compared by the distance from the tile
     auto theirs = SM90::GMMA::make_gmma_desc<SM90::GMMA::Major::MN>(operand);
     theirs.bitfield.start_address_ = 0;
-    const uint64_t ours = sm90::operand_descriptor(0, next);
+    const uint64_t ours = sm90::operand_descriptor(0, chunk, next);
     expect(what, step, static_cast<long>(ours >> 32), static_cast<long>(theirs.desc_ >> 32));
     expect(what, step, static_cast<long>(ours & 0xffffffff), static_cast<long>(theirs.desc_ & 0xffffffff));
     const long distance = static_cast<long>(raw_pointer_cast(operand.data()) - memory) * sm90::kElement;
     const uint64_t stepped =
-        sm90::operand_descriptor(0x4000, next) + step * sm90::descriptor_step(sm90::kStepBytes);
-    expect(what, step, static_cast<long>(stepped),
-           static_cast<long>(sm90::operand_descriptor(static_cast<uint32_t>(0x4000 + distance), next)));
+        sm90::operand_descriptor(0x4000, chunk, next) + step * sm90::descriptor_step(sm90::step_bytes(chunk));
+    expect(
+        what, step, static_cast<long>(stepped),
+        static_cast<long>(sm90::operand_descriptor(static_cast<uint32_t>(0x4000 + distance), chunk, next)));
   }
 }
 
 void check_accumulators() {
   const GMMA::CLayout_64x256 theirs;
   for (int thread = 0; thread < sm90::kWarpgroup; ++thread) {
-    for (int i = 0; i < sm90::kAccumulators; ++i) {
+    for (int i = 0; i < sm90::accumulators_of(sm90::kMostColumns); ++i) {
       const int ours =
           sm90::accumulator_unit(thread, i) + sm90::kTileUnits * sm90::accumulator_column(thread, i);
       expect("accumulator", thread * 1000 + i, ours, theirs(thread, i));
@@ -95,8 +100,11 @@ void check_ldmatrix() {
 }  // namespace
 
 int main() {
-  check_tile("x", Int<sm90::kTileColumns>{}, sm90::kChunkBytes);
-  check_tile("responses", Int<sm90::kTileUnits>{}, 0);
+  check_tile<64>("x", Int<256>{});
+  check_tile<64>("narrow x", Int<128>{});
+  check_tile<32>("x of narrow chunks", Int<256>{});
+  check_tile<32>("narrow x of narrow chunks", Int<224>{});
+  check_tile<64>("responses", Int<sm90::kTileUnits>{});
   check_accumulators();
   check_left_operand();
   check_ldmatrix();

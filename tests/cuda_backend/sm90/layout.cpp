@@ -6,7 +6,7 @@ using namespace ghl::sm90;
 namespace {
 
 template <class Function>
-uint32_t of_ring(int stages, Function function) {
+auto of_ring(int stages, Function function) {
   switch (stages) {
     case 2:
       return function.template operator()<2>();
@@ -17,6 +17,14 @@ uint32_t of_ring(int stages, Function function) {
     default:
       return function.template operator()<kStages>();
   }
+}
+
+Slot slot_of_step(uint32_t step, int stages) {
+  return of_ring(stages, [=]<int count>() {
+    Slot slot;
+    for (uint32_t i = 0; i < step; ++i) slot = next<count>(slot);
+    return slot;
+  });
 }
 
 Patches read_patches(const int32_t* field) {
@@ -33,13 +41,18 @@ Patches read_patches(const int32_t* field) {
 extern "C" {
 
 uint32_t ring_stage(uint32_t step, int stages) {
-  return of_ring(stages, [=]<int count>() { return static_cast<uint32_t>(stage_of<count>(step)); });
+  return static_cast<uint32_t>(slot_of_step(step, stages).stage);
 }
-uint32_t ring_full_parity(uint32_t step, int stages) {
-  return of_ring(stages, [=]<int count>() { return full_parity<count>(step); });
-}
-uint32_t ring_empty_parity(uint32_t step, int stages) {
-  return of_ring(stages, [=]<int count>() { return empty_parity<count>(step); });
+uint32_t ring_full_parity(uint32_t step, int stages) { return full_parity(slot_of_step(step, stages)); }
+uint32_t ring_empty_parity(uint32_t step, int stages) { return empty_parity(slot_of_step(step, stages)); }
+
+// Whether a jump over so many steps leads where they do one by one.
+bool ring_jumps(uint32_t step, uint32_t further, int stages) {
+  return of_ring(stages, [=]<int count>() {
+    const Slot one_by_one = slot_of_step(step + further, stages);
+    const Slot jumped = after<count>(slot_of_step(step, stages), static_cast<int>(further));
+    return jumped.stage == one_by_one.stage && jumped.lap == one_by_one.lap;
+  });
 }
 uint32_t ring_full_arrivals() { return kFullArrivals; }
 uint32_t ring_empty_arrivals(int cluster, int warps) { return empty_arrivals(cluster, warps); }
@@ -81,8 +94,9 @@ int pieces(int64_t units, int64_t channels, int64_t taps, int64_t positions, boo
   numbers[4] = plan.waves;
   int count = 0;
   for (int64_t cluster = 0; cluster < plan.clusters; ++cluster) {
-    Progress progress;
-    for (Piece piece; next_piece(plan, cluster, progress, piece); ++count) {
+    int32_t done = 0;
+    for (Piece piece; piece_after(plan, static_cast<int32_t>(cluster), done, piece); ++count) {
+      done = done_after(plan, done, piece);
       const int64_t slot = is_whole(plan, piece) ? -1 : slot_of(plan, cluster, piece.tile);
       for (const int64_t value : {cluster, piece.tile, int64_t{piece.begin}, int64_t{piece.end}, slot}) {
         *rows++ = value;
@@ -106,6 +120,20 @@ int parts(int64_t units, int64_t channels, int64_t taps, int64_t positions, bool
       for (const int64_t value : {tile, segment, int64_t{slot_of(plan, segment, tile)}}) *rows++ = value;
     }
   }
+  return count;
+}
+
+// Columns that are multiplied, and those of a tile; by the shape that is chosen, and by each that could be.
+int tile_shapes(int64_t channels, int64_t taps, int64_t* rows) {
+  const TileShape chosen = tile_shape(channels, taps);
+  int count = 0;
+  const auto add = [&](TileShape shape) {
+    *rows++ = multiplied_columns(shape, channels, taps);
+    *rows++ = columns_of(shape);
+    ++count;
+  };
+  add(chosen);
+  for (const TileShape& shape : kTileShapes) add(shape);
   return count;
 }
 

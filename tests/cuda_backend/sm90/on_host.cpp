@@ -48,7 +48,7 @@ host::TensorMap describe_tensor(CUtensorMapDataType type, cuuint32_t rank, const
   map.data = static_cast<const unsigned char*>(data);
   map.rank = static_cast<uint8_t>(rank);
   map.element = static_cast<uint8_t>(element_of(type));
-  map.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  map.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 128 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64 : 0;
   for (cuuint32_t i = 0; i < rank; ++i) {
     map.size[i] = static_cast<uint32_t>(size[i]);
     if (i > 0) map.stride[i - 1] = stride[i - 1];
@@ -61,7 +61,7 @@ CUresult encode_tiled(CUtensorMap* result, CUtensorMapDataType type, cuuint32_t 
                       const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   host::TensorMap map = describe_tensor(type, rank, data, size, stride, swizzle);
-  const bool fits = !map.swizzle || box[0] * map.element <= 128;
+  const bool fits = !map.swizzle || box[0] * map.element <= map.swizzle;
   if (rank != 2 || box[0] * map.element % 16 != 0 || box[0] > 128 || box[1] > 128 || !fits ||
       !is_valid(type, rank, data, size, stride)) {
     return CUDA_ERROR_INVALID_VALUE;
@@ -78,8 +78,8 @@ CUresult encode_im2col(CUtensorMap* result, CUtensorMapDataType type, cuuint32_t
                        CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   host::TensorMap map = describe_tensor(type, rank, data, size, stride, swizzle);
   const int reach = rank == 5 ? 16 : rank == 4 ? 128 : 0;
-  bool valid =
-      reach > 0 && channels * map.element <= 128 && pixels <= 128 && is_valid(type, rank, data, size, stride);
+  bool valid = reach > 0 && channels * map.element <= map.swizzle && pixels <= 128 &&
+               is_valid(type, rank, data, size, stride);
   for (cuuint32_t i = 0; valid && i < rank - 2; ++i) {
     valid = lower[i] >= -reach && lower[i] < reach && upper[i] >= -reach && upper[i] < reach;
     valid = valid && static_cast<int64_t>(size[i + 1]) + upper[i] - lower[i] > 0;
@@ -94,6 +94,22 @@ CUresult encode_im2col(CUtensorMap* result, CUtensorMapDataType type, cuuint32_t
   map.im2col = true;
   std::memcpy(result, &map, sizeof map);
   return CUDA_SUCCESS;
+}
+
+// The kernel of the plan's tile.
+template <class T, size_t... places>
+void run_kernel(const sm90::PairSm90& params, std::index_sequence<places...>) {
+  using namespace sm90;
+  const auto run_if = [&]<size_t place>() {
+    constexpr TileShape shape = kTileShapes[place];
+    if (params.plan.tile == shape) pair_kernel<T, Tile<shape.chunk, shape.chunks>>(params);
+  };
+  (run_if.template operator()<places>(), ...);
+}
+
+template <class T>
+void run_kernel(const sm90::PairSm90& params) {
+  run_kernel<T>(params, std::make_index_sequence<std::size(sm90::kTileShapes)>());
 }
 
 template <class Body>
@@ -117,7 +133,7 @@ Status run(const PairParams& from, const DeviceInfo& info, uint32_t seed) {
   Status status = encode_maps({encode_tiled, encode_im2col}, "test", from, params);
   if (!status.ok) return status;
   launch_blocks(plan.clusters, plan.cluster * kThreads,
-                [&] { from.dtype == DType::bf16 ? pair_kernel<bf16>(params) : pair_kernel<f16>(params); });
+                [&] { from.dtype == DType::bf16 ? run_kernel<bf16>(params) : run_kernel<f16>(params); });
   if (!host::cluster().copies.empty()) return Status::failure("copies are under way after the last block");
   if (cuts_tiles(plan)) launch_blocks(partial_sum_blocks(plan), kWarpgroup, [&] { sum_partials(params); });
   return {};
