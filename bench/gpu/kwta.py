@@ -53,6 +53,7 @@ CASES = (
     *(Case((512, 384, 16, 16), layout, 8, "bf16") for layout in ("nhwc", "nchw")),
     *(Case((512, 1536, 8, 8), layout, 31, "bf16") for layout in ("nhwc", "nchw")),
     Case((65536, 1024), "rows", 8, "bf16"),
+    Case((512, 96, 32, 32), "nhwc", 1, "bf16"),
     Case((16384, 4096), "rows", 16, "bf16"),
     Case((2048, 32768), "rows", 128, "bf16"),
     *(Case((512, 384, 16, 16), layout, 8, "fp32") for layout in ("nhwc", "nchw")),

@@ -50,9 +50,10 @@ Status compete_cuda(const CompeteParams& params, Stream stream) {
   if (Status status = device_info(stream.device, info); !status.ok) return status;
   CompeteArgs args{params, 1.0f / params.temperature};
   merge_batch(args.p);
-  const auto run = params.units <= kRegisterUnits ? launch_short
-                   : takes_wide(args.p, info)     ? launch_wide
-                                                  : launch_long;
+  const auto run = takes_few(args.p)                ? launch_few
+                   : params.units <= kRegisterUnits ? launch_short
+                   : takes_wide(args.p, info)       ? launch_wide
+                                                    : launch_long;
   Status status = run(args, info, stream);
   // not before: naming them takes as long as queueing
   if (!status.ok) status.message = describe(params) + status.message;

@@ -13,6 +13,8 @@ namespace ghl {
 constexpr int kCompeteThreads = 256;
 constexpr int kCompeteWarps = kCompeteThreads / static_cast<int>(kWarp);
 
+// Units of the longest row of which a warp has several at once.
+constexpr int64_t kFewUnits = 128;
 // Units of the longest row that a warp holds in registers; of 16-bit elements in two a register.
 constexpr int64_t kRegisterUnits = 1024;
 constexpr int64_t kWideUnits = 1536;
@@ -40,9 +42,21 @@ inline bool are_rows(const CompeteParams& p) {
   return p.u_layout.stride_unit == 1 && (!p.y || p.y_layout.stride_unit == 1);
 }
 
+inline CompeteArgs with_vectors(CompeteArgs args, bool rows) {
+  const CompeteParams& p = args.p;
+  const auto whole = [&](DType dtype) { return !rows || p.units % (dtype == DType::f32 ? 4 : 8) == 0; };
+  args.u_vectors = whole(p.u_dtype) && is_aligned(p.u, p.u_dtype, p.u_layout, p.batch, rows);
+  args.y_vectors = p.y && whole(p.y_dtype) && is_aligned(p.y, p.y_dtype, p.y_layout, p.batch, rows);
+  return args;
+}
+
 inline bool wants_state_only(const CompeteParams& p) { return !p.y && !p.winner_unit && !p.winner_activity; }
 
+// Whether launch_few can run them.
+bool takes_few(const CompeteParams& p);
+
 // Their failures do not say what failed.
+Status launch_few(const CompeteArgs& args, const DeviceInfo& info, Stream stream);
 Status launch_short(const CompeteArgs& args, const DeviceInfo& info, Stream stream);
 Status launch_wide(const CompeteArgs& args, const DeviceInfo& info, Stream stream);
 Status launch_long(const CompeteArgs& args, const DeviceInfo& info, Stream stream);
@@ -79,14 +93,17 @@ struct Place {
   int64_t within;
 };
 
-__device__ __forceinline__ Place place_of(const CompeteParams& p, int64_t position) {
-  if (p.batch == 1) return {0, position};
-  if ((position | p.positions) >> 32 == 0) {
-    const uint32_t short_position = static_cast<uint32_t>(position),
-                   inner = static_cast<uint32_t>(p.positions);
+__device__ __forceinline__ Place place_among(int64_t position, int64_t of_item) {
+  if ((position | of_item) >> 32 == 0) {
+    const uint32_t short_position = static_cast<uint32_t>(position), inner = static_cast<uint32_t>(of_item);
     return {short_position / inner, short_position % inner};
   }
-  return {position / p.positions, position % p.positions};
+  return {position / of_item, position % of_item};
+}
+
+__device__ __forceinline__ Place place_of(const CompeteParams& p, int64_t position) {
+  if (p.batch == 1) return {0, position};
+  return place_among(position, p.positions);
 }
 
 __device__ __forceinline__ int64_t offset_of(const Layout& layout, const Place& at) {

@@ -16,21 +16,21 @@ template <class T>
 constexpr int kPairOf = static_cast<int>(4 / sizeof(T));
 
 // A row of 16-bit elements, or of float: words as they lie in memory.
-template <class T, int kElements>
-struct MemoryRow : RowOf<MemoryRow<T, kElements>, kRun, kElements> {
-  using Units = RowUnits<kRun, kElements>;
+template <class T, int kElements, class Lanes = WarpLanes>
+struct MemoryRow : RowOf<MemoryRow<T, kElements, Lanes>, kRun, kElements, Lanes> {
+  using Units = RowUnits<kRun, kElements, Lanes>;
   static constexpr int kPair = kPairOf<T>;
   static constexpr int kWords = kElements / kPair;
   static constexpr int kRunWords = kRun / kPair;
   uint32_t word[kWords];
 
-  // mine: this lane's first unit
-  __device__ __forceinline__ void load(const T* mine, bool vectors) {
-    const int left = this->units - Units::unit(0);
+  // mine: this lane's first unit; end: that of the row, or 0 for a row of -inf
+  __device__ __forceinline__ void load(const T* mine, int end, bool vectors) {
+    const int left = end - Units::unit(0);
     if (vectors) {
 #pragma unroll
       for (int i = 0; i < kWords; i += kRunWords) {
-        const int first = i * kPair * static_cast<int>(kWarp);
+        const int first = i * kPair * Lanes::kCount;
         using Run = std::conditional_t<kRunWords == 2, uint2, uint4>;
 #pragma unroll
         for (int j = 0; j < kRunWords; ++j) word[i + j] = minus_infinities<T>();
@@ -42,7 +42,7 @@ struct MemoryRow : RowOf<MemoryRow<T, kElements>, kRun, kElements> {
     } else {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        const int first = i / kRunWords * kRunWords * kPair * static_cast<int>(kWarp) + i % kRunWords * kPair;
+        const int first = i / kRunWords * kRunWords * kPair * Lanes::kCount + i % kRunWords * kPair;
         word[i] = pair_at(mine, first, left);
       }
     }
@@ -151,10 +151,9 @@ __device__ __forceinline__ void write_row(const Row& row, const PositionState& a
 
 // The winners' own values, in u's dtype of 16 bits and by whole runs; `ties` unless every unit that equals
 // the threshold wins.
-template <class T, int kElements>
-__device__ __forceinline__ void write_winning_words(const MemoryRow<T, kElements>& row,
-                                                    const PositionState& at, bool ties, T* y) {
-  using Row = MemoryRow<T, kElements>;
+template <class Row, class T>
+__device__ __forceinline__ void write_winning_words(const Row& row, const PositionState& at, bool ties,
+                                                    T* y) {
   const uint32_t threshold = Pair<T>::of(at.threshold, at.threshold);
   const uint32_t nan = at.threshold != at.threshold ? 0x7fff7fffu : 0u;
   // wins(i, unit): the halves of word i that win, its first element being that unit
@@ -177,22 +176,6 @@ __device__ __forceinline__ void write_winning_words(const MemoryRow<T, kElements
       return Pair<T>::above(row.word[i], threshold) | (Pair<T>::reaching(row.word[i], threshold) & wins_ties);
     });
   }
-}
-
-// A field of the state to each of the first lanes: where it is written, which may be nowhere, and its bits.
-__device__ __forceinline__ uint32_t* field_pointer(const CompeteParams& p, unsigned lane) {
-  void* const field = lane == 0   ? static_cast<void*>(p.threshold)
-                      : lane == 1 ? static_cast<void*>(p.cut)
-                      : lane == 2 ? static_cast<void*>(p.logsumexp)
-                      : lane == 3 ? static_cast<void*>(p.first)
-                                  : nullptr;
-  return static_cast<uint32_t*>(field);
-}
-
-__device__ __forceinline__ uint32_t field_of(const PositionState& at, unsigned lane) {
-  const uint32_t even = lane & 2 ? __float_as_uint(at.logsumexp) : __float_as_uint(at.threshold);
-  const uint32_t odd = static_cast<uint32_t>(lane & 2 ? at.first : at.cut);
-  return lane & 1 ? odd : even;
 }
 
 // Blocks of a multiprocessor at once: so many that the registers of a row leave room for. Compiled for sm_100
@@ -228,7 +211,7 @@ __global__ void __launch_bounds__(kCompeteThreads, (kRowBlocks<T, kElements, kSt
   const T* source = source_of(position);
   MemoryRow<T, kElements> following;
   following.units = units;
-  following.load(source, args.u_vectors);
+  following.load(source, units, args.u_vectors);
   while (true) {
     const MemoryRow<T, kElements> row = following;
     const T* here = source;
@@ -236,7 +219,7 @@ __global__ void __launch_bounds__(kCompeteThreads, (kRowBlocks<T, kElements, kSt
     const int64_t next = position + step;
     if (next < positions) {
       source = p.batch == 1 ? source + source_step : source_of(next);
-      following.load(source, args.u_vectors);
+      following.load(source, units, args.u_vectors);
     }
     const auto read = [&](int unit) { return to_float(here[unit - row.unit(0)]); };
     Chosen chosen;

@@ -32,6 +32,46 @@ __device__ __forceinline__ bool copies_winners(const CompeteParams& p) {
   return p.activity == Activity::linear && p.winners > 0 && !p.anti;
 }
 
+// A field of the state to each of the first lanes: where it is written, which may be nowhere, and its bits.
+__device__ __forceinline__ uint32_t* field_pointer(const CompeteParams& p, unsigned lane) {
+  void* const field = lane == 0   ? static_cast<void*>(p.threshold)
+                      : lane == 1 ? static_cast<void*>(p.cut)
+                      : lane == 2 ? static_cast<void*>(p.logsumexp)
+                      : lane == 3 ? static_cast<void*>(p.first)
+                                  : nullptr;
+  return static_cast<uint32_t*>(field);
+}
+
+__device__ __forceinline__ uint32_t field_of(const PositionState& at, unsigned lane) {
+  const uint32_t even = lane & 2 ? __float_as_uint(at.logsumexp) : __float_as_uint(at.threshold);
+  const uint32_t odd = static_cast<uint32_t>(lane & 2 ? at.first : at.cut);
+  return lane & 1 ? odd : even;
+}
+
+// What the state has beside the threshold and the cut, of a row without NaN whose largest is `top`. wins(i,
+// v) tells it of an element.
+template <class Row, class Wins>
+__device__ __forceinline__ void complete_state(const Row& row, float top, const CompeteArgs& args,
+                                               PositionState& at, Wins wins) {
+  const CompeteParams& p = args.p;
+  const bool selects = p.winners > 0;
+  if (p.activity == Activity::softmax) {
+    const ExponentialSum sum(args.scale, top);
+    float total = 0.0f;
+    if (selects) {
+      row.for_each([&](int i, float v) { total += wins(i, v) ? sum.term(v) : 0.0f; });
+    } else {
+      row.for_each([&](int, float v) { total += sum.term(v); });
+    }
+    at.logsumexp = sum.logarithm(Row::Lanes::sum(total), p.keeps_infinity);
+  }
+  if (p.anti) {
+    const auto mask = row.mask([&](float v) { return v == top; });
+    const int unit = mask ? Row::unit(static_cast<unsigned>(lowest_of(mask))) : 0x7fffffff;
+    at.first = Row::Lanes::min(unit);
+  }
+}
+
 // The state of the position whose row this is, and its winners. lane_top: the largest of this lane, or NaN.
 template <class T, class Row, class Read>
 __device__ __forceinline__ PositionState compete_row(const Row& row, float lane_top, const CompeteArgs& args,
@@ -41,29 +81,14 @@ __device__ __forceinline__ PositionState compete_row(const Row& row, float lane_
   if (__any_sync(kAllLanes, lane_top != lane_top)) return bad_state();
 
   PositionState at{0.0f, 0, 0.0f, 0};
-  const bool selects = p.winners > 0;
-  if (selects) {
+  if (p.winners > 0) {
     chosen = row.choose(lane_top, static_cast<int>(p.winners), read, list);
     at.threshold = chosen.threshold;
     at.cut = chosen.cut;
   }
   if (p.activity != Activity::softmax && !p.anti) return at;
-  const float top = warp_max(lane_top);
-  if (p.activity == Activity::softmax) {
-    const ExponentialSum sum(args.scale, top);
-    float total = 0.0f;
-    if (selects) {
-      row.for_each([&](int i, float v) { total += is_winner(v, Row::unit(i), at) ? sum.term(v) : 0.0f; });
-    } else {
-      row.for_each([&](int, float v) { total += sum.term(v); });
-    }
-    at.logsumexp = sum.logarithm(warp_sum(total), p.keeps_infinity);
-  }
-  if (p.anti) {
-    const auto mask = row.mask([&](float v) { return v == top; });
-    const int unit = mask ? Row::unit(static_cast<unsigned>(lowest_of(mask))) : 0x7fffffff;
-    at.first = __reduce_min_sync(kAllLanes, unit);
-  }
+  const auto wins = [&](int i, float v) { return is_winner(v, Row::unit(i), at); };
+  complete_state(row, warp_max(lane_top), args, at, wins);
   return at;
 }
 

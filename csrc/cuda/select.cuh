@@ -7,6 +7,7 @@
 // is not far below 32, their bound is the k-th largest of the maxima of 64 halves of lanes.
 #pragma once
 
+#include <bit>
 #include <type_traits>
 
 #include "cuda/device.cuh"
@@ -19,6 +20,87 @@ __device__ __forceinline__ float quiet_nan() { return __int_as_float(0x7fffffff)
 
 __device__ __forceinline__ unsigned lane_index() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ unsigned lanes_below() { return (1u << lane_index()) - 1; }
+
+// The lanes that share a row: a warp's, or every kStride-th of a part of it. All lanes of the warp call every
+// function together, each for its own row.
+template <int kCount_, int kStride = 1>
+struct Lanes {
+  static constexpr int kCount = kCount_;
+  static constexpr int kCountBits = std::countr_zero(static_cast<unsigned>(kCount));
+  static constexpr bool kWhole = kCount == static_cast<int>(kWarp);
+  static_assert(!kWhole || kStride == 1);
+
+  static __device__ __forceinline__ unsigned index() { return lane_index() / kStride % kCount; }
+
+  template <class T, class Fold>
+  static __device__ __forceinline__ T fold(T value, Fold of) {
+#pragma unroll
+    for (int distance = kCount / 2; distance > 0; distance /= 2) {
+      value = of(value, __shfl_xor_sync(kAllLanes, value, distance * kStride));
+    }
+    return value;
+  }
+
+  static __device__ __forceinline__ uint32_t max(uint32_t value) {
+    if constexpr (kWhole) {
+      return __reduce_max_sync(kAllLanes, value);
+    } else {
+      return fold(value, [](uint32_t a, uint32_t b) { return ::max(a, b); });
+    }
+  }
+  static __device__ __forceinline__ uint32_t min(uint32_t value) {
+    if constexpr (kWhole) {
+      return __reduce_min_sync(kAllLanes, value);
+    } else {
+      return fold(value, [](uint32_t a, uint32_t b) { return ::min(a, b); });
+    }
+  }
+  static __device__ __forceinline__ int min(int value) {
+    if constexpr (kWhole) {
+      return __reduce_min_sync(kAllLanes, value);
+    } else {
+      return fold(value, [](int a, int b) { return ::min(a, b); });
+    }
+  }
+  static __device__ __forceinline__ int sum(int value) {
+    if constexpr (kWhole) {
+      return __reduce_add_sync(kAllLanes, value);
+    } else {
+      return fold(value, [](int a, int b) { return a + b; });
+    }
+  }
+  static __device__ __forceinline__ float sum(float value) {
+    return fold(value, [](float a, float b) { return a + b; });
+  }
+  // NaN where any is.
+  static __device__ __forceinline__ float max_nan(float value) {
+    return fold(value, [](float a, float b) { return ptx::max_nan_f32(a, b); });
+  }
+
+  // What the lanes before this one have, and it has itself.
+  static __device__ __forceinline__ uint32_t inclusive_sum(uint32_t value) {
+#pragma unroll
+    for (int distance = 1; distance < kCount; distance *= 2) {
+      const uint32_t before = __shfl_up_sync(kAllLanes, value, static_cast<unsigned>(distance * kStride));
+      if (static_cast<int>(index()) >= distance) value += before;
+    }
+    return value;
+  }
+  // What the last lane has.
+  static __device__ __forceinline__ uint32_t last(uint32_t value) {
+    return __shfl_sync(kAllLanes, value, static_cast<int>(lane_index() | (kCount - 1) * kStride));
+  }
+
+  // Whether a row of the warp is in a state that all its lanes agree on.
+  static __device__ __forceinline__ bool in_any_row(bool state) {
+    return kWhole ? state : __any_sync(kAllLanes, state) != 0;
+  }
+  static __device__ __forceinline__ bool in_every_row(bool state) {
+    return kWhole ? state : __all_sync(kAllLanes, state) != 0;
+  }
+};
+
+using WarpLanes = Lanes<static_cast<int>(kWarp)>;
 
 // Unsigned integers in the order of the floats, NaN aside; -0 and 0 are one.
 __device__ __forceinline__ uint32_t key_of(float value) {
@@ -40,10 +122,11 @@ __device__ __forceinline__ int lowest_of(uint64_t mask) { return __ffsll(static_
 __device__ __forceinline__ int highest_of(uint32_t mask) { return 31 - __clz(static_cast<int>(mask)); }
 __device__ __forceinline__ int highest_of(uint64_t mask) { return 63 - __clzll(static_cast<int64_t>(mask)); }
 
-// Where the up to kWarp * kElements_ units of a row lie in its warp: a lane holds runs of kVector_
-// consecutive units. Elements beyond the last unit are -inf and follow it, so that none wins before a unit.
-template <int kVector_, int kElements_>
+// Where the up to kElements_ units a lane of a row lie: a lane holds runs of kVector_ consecutive units.
+// Elements beyond the last unit are -inf and follow it, so that none wins before a unit.
+template <int kVector_, int kElements_, class Lanes_ = WarpLanes>
 struct RowUnits {
+  using Lanes = Lanes_;
   static constexpr int kVector = kVector_;
   static constexpr int kElements = kElements_;
   // elements that are skipped together where a row is shorter
@@ -54,29 +137,30 @@ struct RowUnits {
   int units;
 
   // Ascending with the element.
-  static __device__ __forceinline__ int unit(unsigned element) { return unit(element, lane_index()); }
+  static __device__ __forceinline__ int unit(unsigned element) { return unit(element, Lanes::index()); }
   static __device__ __forceinline__ int unit(unsigned element, unsigned lane) {
-    return static_cast<int>((element / kVector * kWarp + lane) * kVector + element % kVector);
+    return static_cast<int>((element / kVector * Lanes::kCount + lane) * kVector + element % kVector);
   }
 
   // This lane's elements whose unit is at most `last`, which may be -1: a mask.
   static __device__ __forceinline__ Mask elements_up_to(int last) {
-    const int run = last / kVector - static_cast<int>(lane_index());
-    const int whole = (run + static_cast<int>(kWarp) - 1) >> 5;
-    const int count = whole * kVector + ((run & 31) == 0 ? last % kVector + 1 : 0);
+    const int run = last / kVector - static_cast<int>(Lanes::index());
+    // may be negative
+    const int whole = (run + Lanes::kCount - 1) >> Lanes::kCountBits;
+    const int count = whole * kVector + ((run & (Lanes::kCount - 1)) == 0 ? last % kVector + 1 : 0);
     constexpr int kBits = 8 * sizeof(Mask);
     return last < 0 || count <= 0 ? Mask{0} : ~Mask{0} >> (kBits - count);
   }
 
   __device__ __forceinline__ bool has_chunk(int first) const {
-    return first == 0 || first * static_cast<int>(kWarp) < units;
+    return first == 0 || first * Lanes::kCount < units;
   }
 };
 
 // What every form of a row has, from its `value(element)`.
-template <class Row, int kVector, int kElements>
-struct RowOf : RowUnits<kVector, kElements> {
-  using Units = RowUnits<kVector, kElements>;
+template <class Row, int kVector, int kElements, class Lanes = WarpLanes>
+struct RowOf : RowUnits<kVector, kElements, Lanes> {
+  using Units = RowUnits<kVector, kElements, Lanes>;
   using typename Units::Mask;
 
   // run(element, value), the element a constant of the compiler.
@@ -117,40 +201,41 @@ __device__ __forceinline__ float value_above(uint32_t key) {
   return __uint_as_float(__float_as_uint(value_of(key)) & ~((1u << kFreeBits) - 1));
 }
 
-// A value that at least k elements of the warp reach, from the largest of each lane; k <= 32. The lane's
-// number in the lowest bits makes keys distinct, so that one leaves at a time, at the price of a slightly
-// lower bound where they are not free. Of several rows, whose reductions need not wait for each other.
-template <int kFreeBits, int kRows>
+// A value that at least k elements of the row reach, from the largest of each of its lanes, which are no
+// fewer than k. The lane's number in the lowest bits makes keys distinct, so that one leaves at a time, at
+// the price of a slightly lower bound where they are not free. Of several rows, whose reductions need not
+// wait for each other.
+template <int kFreeBits, class Lanes = WarpLanes, int kRows>
 __device__ __forceinline__ void bounds_of(const float (&lane_top)[kRows], int k, uint32_t (&bound)[kRows]) {
   constexpr uint32_t kLowest = kFreeBits < 5 ? 31u : (1u << kFreeBits) - 1;
   uint32_t key[kRows];
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) key[row] = (key_of(lane_top[row]) & ~kLowest) | lane_index();
-  if (k <= 16) {
+  for (int row = 0; row < kRows; ++row) key[row] = (key_of(lane_top[row]) & ~kLowest) | Lanes::index();
+  if (k <= Lanes::kCount / 2) {
 #pragma unroll 4
     for (int i = 1; i < k; ++i) {
 #pragma unroll
-      for (uint32_t& one : key) one = one == __reduce_max_sync(kAllLanes, one) ? 0 : one;
+      for (uint32_t& one : key) one = one == Lanes::max(one) ? 0 : one;
     }
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) bound[row] = __reduce_max_sync(kAllLanes, key[row]);
+    for (int row = 0; row < kRows; ++row) bound[row] = Lanes::max(key[row]);
   } else {
 #pragma unroll 4
-    for (int i = k; i < 32; ++i) {
+    for (int i = k; i < Lanes::kCount; ++i) {
 #pragma unroll
-      for (uint32_t& one : key) one = one == __reduce_min_sync(kAllLanes, one) ? ~0u : one;
+      for (uint32_t& one : key) one = one == Lanes::min(one) ? ~0u : one;
     }
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) bound[row] = __reduce_min_sync(kAllLanes, key[row]);
+    for (int row = 0; row < kRows; ++row) bound[row] = Lanes::min(key[row]);
   }
 #pragma unroll
   for (uint32_t& one : bound) one = max(one & ~kLowest, kKeyOfMinusInfinity);
 }
 
-template <int kFreeBits = 0>
+template <int kFreeBits = 0, class Lanes = WarpLanes>
 __device__ __forceinline__ uint32_t bound_of(float lane_top, int k) {
   uint32_t bound[1];
-  bounds_of<kFreeBits>({lane_top}, k, bound);
+  bounds_of<kFreeBits, Lanes>({lane_top}, k, bound);
   return bound[0];
 }
 
@@ -230,6 +315,14 @@ __device__ __forceinline__ int list_elements(uint32_t mask, unsigned* list) {
   return total;
 }
 
+// The smallest of the row's elements that reach a value.
+template <class Row>
+__device__ __forceinline__ float least_reaching(const Row& row, float floor) {
+  float least = infinity();
+  row.for_each([&](int, float v) { least = v >= floor ? fminf(least, v) : least; });
+  return value_of(Row::Lanes::min(key_of(least)));
+}
+
 // The k-th largest by halving the range of keys, whose lowest kFreeBits are alike in all values of the dtype.
 template <int kFreeBits, class Row>
 __device__ __forceinline__ float bisect_threshold(const Row& row, float lane_top, uint32_t bound, int k) {
@@ -246,19 +339,16 @@ __device__ __forceinline__ float bisect_threshold(const Row& row, float lane_top
     (count >= k ? low : high) = middle;
     if (count == k) break;
   }
-  const float floor = floor_of(low);
-  float least = infinity();
-  row.for_each([&](int, float v) { least = v >= floor ? fminf(least, v) : least; });
-  return value_of(__reduce_min_sync(kAllLanes, key_of(least)));
+  return least_reaching(row, floor_of(low));
 }
 
 // The unit up to which `count` of the elements in the masks lie.
 template <class Row>
 __device__ __forceinline__ int bisect_unit(const Row& row, typename Row::Mask mask, int count) {
   int low = -1, high = row.units - 1;
-  while (high - low > 1) {
+  while (Row::Lanes::in_any_row(high - low > 1)) {
     const int middle = low + (high - low) / 2;
-    const int up_to = __reduce_add_sync(kAllLanes, count_of(mask & Row::elements_up_to(middle)));
+    const int up_to = Row::Lanes::sum(count_of(mask & Row::elements_up_to(middle)));
     (up_to >= count ? high : low) = middle;
   }
   return high;

@@ -10,9 +10,14 @@
 namespace ghl {
 namespace {
 
-constexpr int64_t kSegment = 256;            // entries, where the bound on the workspace allows it
+// Entries of a segment, where the bound on the workspace allows it: so few that there are enough blocks for
+// the largest GPU to be busy to the end, so many that beginning and ending one is little of its work.
+constexpr int64_t kShortestSegment = 64;
+constexpr int64_t kLongestSegment = 256;
+constexpr int64_t kBlocks = 3072;
 constexpr int64_t kPartialBytes = 32 << 20;  // which is read back while it is in L2
-constexpr int64_t kSliceLength = 1024;       // entries, and at least two for each bin of its table of counts
+constexpr int64_t kCombineBlocks = 1024;
+constexpr int64_t kSliceLength = 1024;  // entries, and at least one for two bins of its table of counts
 constexpr int64_t kMaxSlices = 1024;
 constexpr int64_t kAlignment = 256;
 
@@ -32,14 +37,18 @@ Plan make_plan(const CorrelateParams& params) {
   plan.entries = params.geometry.positions() * params.winners;
   plan.channels = params.geometry.group_channels();
   plan.taps = params.geometry.taps();
-  const int64_t least = std::max(kSliceLength, 2 * (params.units + 1));
+  const int64_t least = std::max(kSliceLength, (params.units + 1) / 2);
   plan.slices = std::clamp<int64_t>(plan.entries / least, 1, kMaxSlices);
   plan.slice_length = divide_up(plan.entries, plan.slices);
   plan.slices = std::max<int64_t>(1, plan.slice_length ? divide_up(plan.entries, plan.slice_length) : 1);
 
   const int64_t row_bytes = 4 * (plan.channels * plan.taps + 1);
   const int64_t pairs_of_rows = std::max<int64_t>(2, kPartialBytes / (2 * row_bytes));
-  plan.segment_length = std::max(kSegment, divide_up<int64_t>(plan.entries / pairs_of_rows + 1, 32) * 32);
+  const int64_t column_blocks = divide_up<int64_t>(plan.channels * plan.taps, kGatherThreads * 8);
+  const auto whole_warps = [](int64_t entries) { return divide_up<int64_t>(entries, kWarp) * kWarp; };
+  plan.segment_length = std::max(
+      std::clamp(whole_warps(plan.entries * column_blocks / kBlocks), kShortestSegment, kLongestSegment),
+      whole_warps(plan.entries / pairs_of_rows + 1));
   plan.segments = params.units + plan.entries / plan.segment_length;
   plan.partial_rows = 2 * (plan.entries / plan.segment_length + 1);
   return plan;
@@ -49,6 +58,7 @@ struct Workspace {
   int64_t* count;
   int64_t* start;
   int64_t* segment_start;
+  int64_t* several;
   Win* sorted;
   float* partial;
   int64_t bytes;
@@ -64,6 +74,7 @@ Workspace carve(const CorrelateParams& params, const Plan& plan) {
   take(workspace.count, plan.slices * (params.units + 1));
   take(workspace.start, params.units + 1);
   take(workspace.segment_start, params.units + 1);
+  take(workspace.several, params.units + 1);
   take(workspace.sorted, plan.entries);
   take(workspace.partial, plan.partial_rows * (plan.channels * plan.taps + 1));
   workspace.bytes = used;
@@ -101,8 +112,10 @@ Status gather(const std::string& what, const Plan& plan, GatherParams params, St
   Status status = launch(what, gather_kernel<T, kVector>,
                          {plan.segments * params.column_blocks, kGatherThreads}, stream, params);
   if (!status.ok) return status;
-  const int64_t blocks = divide_up<int64_t>(columns + 1, Combine::columns);
-  return launch(what, combine_kernel, {params.units * blocks, Combine::threads}, stream, params);
+  const int64_t split_units = std::min(params.units, plan.entries / plan.segment_length);
+  const int64_t blocks = split_units * divide_up<int64_t>(columns + 1, Combine::columns);
+  if (blocks == 0) return status;
+  return launch(what, combine_kernel, {std::min(blocks, kCombineBlocks), Combine::threads}, stream, params);
 }
 
 template <class T>
@@ -143,6 +156,7 @@ Status sparse_cuda(const CorrelateParams& params, Stream stream) {
   gathered.sorted = workspace.sorted;
   gathered.start = workspace.start;
   gathered.segment_start = workspace.segment_start;
+  gathered.several = workspace.several;
   gathered.entries = plan.entries;
   gathered.units = params.units;
   gathered.units_per_group = params.units / params.geometry.groups;
@@ -155,7 +169,7 @@ Status sparse_cuda(const CorrelateParams& params, Stream stream) {
   status = sort(what,
                 {params.winner_unit, params.winner_activity, plan.entries, params.winners, params.units,
                  plan.slices, plan.slice_length, plan.segment_length, workspace.count, workspace.start,
-                 workspace.segment_start, workspace.sorted},
+                 workspace.segment_start, workspace.several, workspace.sorted},
                 stream);
   if (!status.ok) return status;
   return by_dtype(params.x_dtype, [&]<class T>(T*) {

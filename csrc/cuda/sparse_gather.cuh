@@ -5,6 +5,7 @@
 
 #include "cuda/dtype.cuh"
 #include "cuda/patch.cuh"
+#include "cuda/select.cuh"
 #include "cuda/sparse_sort.cuh"
 #include "cuda/sum_rows.cuh"
 #include "ghl/epilogue.h"
@@ -23,6 +24,7 @@ struct GatherParams {
   const Win* sorted;
   const int64_t* start;
   const int64_t* segment_start;
+  const int64_t* several;  // how many units have several segments, then these
   int64_t entries;
   int64_t units;
   int64_t units_per_group;
@@ -61,8 +63,7 @@ __device__ __forceinline__ float* partial_row(const GatherParams& params, const 
   return params.partial + row * (params.channels * params.taps + 1);
 }
 
-// The last unit that has no more than `segment` segments before it and has one itself, found by a warp:
-// every step cuts the range into 32.
+// The unit of a segment, found by a warp: every step cuts the range into 32.
 __device__ __forceinline__ int64_t unit_of_segment(const GatherParams& params, int64_t segment) {
   const unsigned lane = threadIdx.x % kWarp;
   int64_t low = 0, high = params.units;  // start[low] <= segment < start[high]
@@ -102,41 +103,77 @@ __device__ __forceinline__ void store_sum(const GatherParams& params, int64_t un
            at.tap * params.a_layout.stride_tap] = sum;
 }
 
-struct Source {
-  Patch patch;
+struct alignas(16) Source {
+  Patch patch;  // its offset in bytes
   float activity;
 };
 
+template <class T>
 __device__ __forceinline__ Source source_of(const GatherParams& params, const Win& win) {
   int32_t out[3];
   const int64_t item = split_position(params.grid, win.position, out);
-  return {patch_at(params.grid, item, out), win.activity};
+  Source source{patch_at(params.grid, item, out), win.activity};
+  source.patch.offset *= static_cast<int64_t>(sizeof(T));
+  return source;
 }
 
+// Every tap of it is outside of x.
+__device__ __forceinline__ Source no_source() { return {{0, {INT_MIN, INT_MIN, INT_MIN}}, 0.0f}; }
+
+// What one load brings, 0 where none is made.
 template <class T, int kVector>
-__device__ __forceinline__ void add_patches(const GatherParams& params, const T* x, const Tap& tap,
+struct Load {
+  static_assert(kVector == Vector<T>::size);
+  uint4 bits{};
+
+  __device__ __forceinline__ void from(const char* address) {
+    bits = __ldg(reinterpret_cast<const uint4*>(address));
+  }
+  __device__ __forceinline__ void add_to(float (&sum)[kVector], float factor) const {
+    const uint32_t word[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        sum[i] += factor * __uint_as_float(word[i]);
+      } else {
+        sum[2 * i] += factor * Pair<T>::low(word[i]);
+        sum[2 * i + 1] += factor * Pair<T>::high(word[i]);
+      }
+    }
+  }
+};
+
+template <class T>
+struct Load<T, 1> {
+  T element{};
+
+  __device__ __forceinline__ void from(const char* address) {
+    element = *reinterpret_cast<const T*>(address);
+  }
+  __device__ __forceinline__ void add_to(float (&sum)[1], float factor) const {
+    sum[0] += factor * to_float(element);
+  }
+};
+
+// Of the sources from `first` on, `ways` apart, up to the last one that exists and some of those that do not:
+// without a branch before a load, so that all are under way before the first is used.
+template <class T, int kVector>
+__device__ __forceinline__ void add_patches(const GatherParams& params, const char* x, const Tap& tap,
                                             const Source* sources, int count, int first, int ways,
                                             float (&sum)[kVector]) {
-  struct alignas(kVector * sizeof(T)) Elements {
-    T element[kVector];
-  };
+  static_assert(kGatherThreads % kLoads == 0);
+#pragma unroll 1
   for (int i = first; i < count; i += kLoads * ways) {
-    Elements loaded[kLoads] = {};
+    Load<T, kVector> loads[kLoads];
     float activity[kLoads];
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      const bool exists = i + j * ways < count;
-      const Source& source = sources[exists ? i + j * ways : i];
-      activity[j] = exists ? source.activity : 0.0f;
-      if (exists && is_inside(params.grid, source.patch, tap)) {
-        loaded[j] = *reinterpret_cast<const Elements*>(x + source.patch.offset);
-      }
+      const Source source = sources[i + j * ways];
+      activity[j] = source.activity;
+      if (is_inside(params.grid, source.patch, tap)) loads[j].from(x + source.patch.offset);
     }
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) sum[v] += activity[j] * to_float(loaded[j].element[v]);
-    }
+    for (int j = 0; j < kLoads; ++j) loads[j].add_to(sum, activity[j]);
   }
 }
 
@@ -175,7 +212,7 @@ __device__ __forceinline__ void store_segment(const GatherParams& params, int64_
 
 // One segment and one block of a patch's columns.
 template <class T, int kVector>
-__global__ void __launch_bounds__(kGatherThreads, 6)
+__global__ void __launch_bounds__(kGatherThreads, 8)
     gather_kernel(const __grid_constant__ GatherParams params) {
   __shared__ Source sources[kGatherThreads];
   const int64_t index = blockIdx.x / params.column_blocks;
@@ -194,16 +231,16 @@ __global__ void __launch_bounds__(kGatherThreads, 6)
   const Column at = in_columns ? split_column(params, column) : Column{0, 0};
   const Tap tap = tap_at(params.grid, at.tap);
   const int64_t channel = unit / params.units_per_group * params.channels + at.channel;
-  const T* x = static_cast<const T*>(params.x) + channel * params.x_stride_channel + tap.offset;
+  const T* from = static_cast<const T*>(params.x) + channel * params.x_stride_channel + tap.offset;
+  const char* x = reinterpret_cast<const char*>(from);
 
   float sum[kVector] = {};
   float activity_sum = 0.0f;
   for (int64_t first = begin; first < end; first += kGatherThreads) {
     const int count = static_cast<int>(min(static_cast<int64_t>(kGatherThreads), end - first));
-    if (thread < count) {
-      sources[thread] = source_of(params, params.sorted[first + thread]);
-      activity_sum += sources[thread].activity;
-    }
+    const Source source = thread < count ? source_of<T>(params, params.sorted[first + thread]) : no_source();
+    sources[thread] = source;
+    activity_sum += source.activity;
     __syncthreads();
     if (in_columns) {
       add_patches<T, kVector>(params, x, tap, sources, count, way, kGatherThreads / params.width, sum);
@@ -213,18 +250,24 @@ __global__ void __launch_bounds__(kGatherThreads, 6)
   store_segment<kVector>(params, unit, segments, segment, block, sum, activity_sum);
 }
 
-// The segments of one unit for one block of columns; 0 for a unit that never won.
+// The segments of units that have several: a unit and a block of columns at a time, for most units may have
+// one segment.
 __global__ void __launch_bounds__(Combine::threads)
     combine_kernel(const __grid_constant__ GatherParams params) {
   const int64_t columns = params.channels * params.taps + 1;
   const int64_t blocks = divide_up<int64_t>(columns, Combine::columns);
-  const int64_t unit = blockIdx.x / blocks;
-  const Segments segments = segments_of(params, unit);
-  if (segments.count == 1) return;
-  Combine::run(
-      segments.count, blockIdx.x % blocks * Combine::columns, columns,
-      [&](int64_t segment) -> const float* { return partial_row(params, segments, segment); },
-      [&](int64_t column, float sum) { store_sum(params, unit, column, sum); });
+  const int64_t end = params.several[0] * blocks;
+  for (int64_t i = blockIdx.x; i < end; i += gridDim.x) {
+    const int64_t rank = divide(i, blocks), block = i - rank * blocks;
+    const int64_t unit = params.several[1 + rank];
+    const Segments segments = segments_of(params, unit);
+    Combine::run(
+        segments.count, block * Combine::columns, columns,
+        [&](int64_t segment) -> const float* { return partial_row(params, segments, segment); },
+        [&](int64_t column, float sum) { store_sum(params, unit, column, sum); });
+    // what was added is read before the next sums replace it
+    __syncthreads();
+  }
 }
 
 }  // namespace

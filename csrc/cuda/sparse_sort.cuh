@@ -28,7 +28,8 @@ struct SortParams {
 
   int64_t* count;          // [slices, units + 1], then how many of the bin lie in earlier slices
   int64_t* start;          // [units + 1] where a bin begins
-  int64_t* segment_start;  // [units + 1] segments of the units before
+  int64_t* segment_start;  // [units + 1] segments of the units before; each unit has one at least
+  int64_t* several;        // [units + 1] how many units have several segments, then these
   Win* sorted;             // [entries]
 };
 
@@ -64,6 +65,7 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(const __grid_const
   const Share share = share_of_block(params);
   for (int bin = threadIdx.x; bin < share.bins; bin += kCountThreads) count[bin] = 0;
   __syncthreads();
+#pragma unroll 4
   for (int64_t entry = share.begin + threadIdx.x; entry < share.end; entry += kCountThreads) {
     const int64_t bin = local_bin(params, share, entry);
     if (bin >= 0 && bin < share.bins) atomicAdd(count + bin, 1u);
@@ -106,10 +108,11 @@ __global__ void __launch_bounds__(kScanThreads)
 struct Prefix {
   int64_t entries;
   int64_t segments;
+  int64_t several;  // units that have several segments
 };
 
 __device__ __forceinline__ Prefix operator+(const Prefix& a, const Prefix& b) {
-  return {a.entries + b.entries, a.segments + b.segments};
+  return {a.entries + b.entries, a.segments + b.segments, a.several + b.several};
 }
 
 __device__ __forceinline__ Prefix inclusive_scan_of_warp(Prefix value) {
@@ -117,7 +120,8 @@ __device__ __forceinline__ Prefix inclusive_scan_of_warp(Prefix value) {
 #pragma unroll
   for (int distance = 1; distance < static_cast<int>(kWarp); distance *= 2) {
     const Prefix other{__shfl_up_sync(kAllLanes, value.entries, distance),
-                       __shfl_up_sync(kAllLanes, value.segments, distance)};
+                       __shfl_up_sync(kAllLanes, value.segments, distance),
+                       __shfl_up_sync(kAllLanes, value.several, distance)};
     if (lane >= distance) value = value + other;
   }
   return value;
@@ -128,11 +132,13 @@ __global__ void __launch_bounds__(kScanThreads) scan_bins_kernel(const __grid_co
   constexpr int kWarps = kScanThreads / kWarp;
   __shared__ Prefix of_warp[kWarps];
   const int warp = threadIdx.x / kWarp;
-  Prefix before{0, 0};
+  Prefix before{0, 0, 0};
   for (int64_t first = 0; first <= params.units; first += kScanThreads) {
     const int64_t bin = first + threadIdx.x;
     const int64_t entries = bin <= params.units ? params.start[bin] : 0;
-    const Prefix own{entries, divide_up(entries, params.segment_length)};
+    const int64_t segments = max(divide_up(entries, params.segment_length), int64_t{1});
+    const bool several = bin < params.units && segments > 1;
+    const Prefix own{entries, segments, several};
     const Prefix inclusive = inclusive_scan_of_warp(own);
     if (threadIdx.x % kWarp == kWarp - 1) of_warp[warp] = inclusive;
     __syncthreads();
@@ -146,10 +152,15 @@ __global__ void __launch_bounds__(kScanThreads) scan_bins_kernel(const __grid_co
       params.start[bin] = sum.entries - own.entries;
       params.segment_start[bin] = sum.segments - own.segments;
     }
+    if (several) params.several[sum.several] = bin;
     // before of_warp is written again
     __syncthreads();
   }
+  if (threadIdx.x == 0) params.several[0] = before.several;
 }
+
+// Turns of place_kernel whose entries are loaded at once.
+constexpr int kTurns = 4;
 
 // One warp a slice: what keeps its entries in order is that it takes 32 at a time.
 __global__ void __launch_bounds__(kWarp) place_kernel(const __grid_constant__ SortParams params) {
@@ -157,22 +168,33 @@ __global__ void __launch_bounds__(kWarp) place_kernel(const __grid_constant__ So
   const unsigned lane = threadIdx.x;
   const Share share = share_of_block(params);
   const int64_t* earlier = params.count + share.slice * (params.units + 1) + share.first_bin;
+#pragma unroll 8
   for (int bin = lane; bin < share.bins; bin += kWarp) {
     cursor[bin] = params.start[share.first_bin + bin] + earlier[bin];
   }
   __syncwarp();
-  for (int64_t first = share.begin; first < share.end; first += kWarp) {
-    const int64_t entry = first + lane;
-    const int64_t found = entry < share.end ? local_bin(params, share, entry) : -1;
-    const int bin = found >= 0 && found < share.bins ? static_cast<int>(found) : -1;
-    const unsigned peers = __match_any_sync(kAllLanes, bin);
-    const int rank = __popc(peers & ((1u << lane) - 1));
-    if (bin >= 0) {
-      params.sorted[cursor[bin] + rank] = {divide(entry, params.winners), params.activity[entry]};
+  for (int64_t first = share.begin; first < share.end; first += kTurns * kWarp) {
+    int bin[kTurns];
+    float activity[kTurns];
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int64_t entry = first + turn * kWarp + lane;
+      const int64_t found = entry < share.end ? local_bin(params, share, entry) : -1;
+      bin[turn] = found >= 0 && found < share.bins ? static_cast<int>(found) : -1;
+      activity[turn] = entry < share.end ? params.activity[entry] : 0.0f;
     }
-    __syncwarp();
-    if (bin >= 0 && rank == 0) cursor[bin] += __popc(peers);
-    __syncwarp();
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int64_t entry = first + turn * kWarp + lane;
+      const unsigned peers = __match_any_sync(kAllLanes, bin[turn]);
+      const int rank = __popc(peers & ((1u << lane) - 1));
+      if (bin[turn] >= 0) {
+        params.sorted[cursor[bin[turn]] + rank] = {divide(entry, params.winners), activity[turn]};
+      }
+      __syncwarp();
+      if (bin[turn] >= 0 && rank == 0) cursor[bin[turn]] += __popc(peers);
+      __syncwarp();
+    }
   }
 }
 

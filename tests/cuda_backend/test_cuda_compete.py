@@ -158,7 +158,7 @@ def test_every_size(units: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("units", [37, 1100, 1600])
+@pytest.mark.parametrize("units", [37, 150, 1100, 1600])
 def test_layouts_and_ties(layout: str, dtype: torch.dtype, units: int) -> None:
     u, dim = make(units, layout, dtype, coarse)
     check(u, dim, Competition("linear", 9, 1.0, False))
@@ -168,7 +168,7 @@ def test_layouts_and_ties(layout: str, dtype: torch.dtype, units: int) -> None:
 
 @pytest.mark.races
 @pytest.mark.parametrize("layout", ["rows", "planes"])
-@pytest.mark.parametrize("units", [70, 1100, 1600])
+@pytest.mark.parametrize("units", [70, 200, 1100, 1600])
 def test_each_kernel(units: int, layout: str) -> None:
     u, dim = make(units, layout, torch.bfloat16, coarse)
     check(u, dim, Competition("softmax", 9, 0.5, True))
@@ -196,7 +196,7 @@ def test_lowest_of_equals(dtype: torch.dtype, k: int) -> None:
 ], ids=str)  # fmt: skip
 def test_activities(competition: Competition) -> None:
     for layout, dtype, values in (("rows", torch.bfloat16, coarse), ("planes", torch.float32, noise)):
-        for units in (29, 1030, 1700):
+        for units in (29, 150, 1030, 1700):
             u, dim = make(units, layout, dtype, values)
             check(u, dim, competition)
 
@@ -228,7 +228,7 @@ def awkward_rows(units: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("units", [75, 1040, 1540])
+@pytest.mark.parametrize("units", [75, 150, 1040, 1540])
 @pytest.mark.parametrize("competition", [
     Competition("linear", 1, 1.0, False), Competition("binary", 7, 1.0, True),
     Competition("softmax", 33, 0.5, False), Competition("relu", 75, 1.0, True),
@@ -258,7 +258,8 @@ def crowded(units: int, k: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize(("units", "k"), [
-    (96, 20), (512, 30), (1024, 8), (1024, 120), (1536, 31), (1400, 200), (3000, 20), (6000, 40), (6000, 400),
+    (96, 20), (160, 20), (512, 30), (1024, 8), (1024, 120), (1536, 31), (1400, 200), (3000, 20), (6000, 40),
+    (6000, 400),
 ])  # fmt: skip
 def test_survivors_that_are_too_many(units: int, k: int, negative: bool, dtype: torch.dtype) -> None:
     row = crowded(units, k)
@@ -292,7 +293,7 @@ def test_winners_of_whole_runs(units: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("units", [48, 384, 1000, 1536])
+@pytest.mark.parametrize("units", [48, 200, 384, 1000, 1536])
 def test_as_many_winners_as_a_warp_has_lanes(units: int, dtype: torch.dtype) -> None:
     """Bounds from lanes and from their halves: of all, of every second unit, of the first half."""
     u = noise((3 * 32, units))
@@ -303,6 +304,67 @@ def test_as_many_winners_as_a_warp_has_lanes(units: int, dtype: torch.dtype) -> 
         competition = Competition("linear", k, 1.0, False)
         assert_activities(compete.activities(layout, 1, competition, dtype), layout, 1, competition)
         assert_state(layout, 1, competition)
+
+
+FEW_UNITS = (1, 2, 7, 8, 9, 16, 31, 32, 33, 64, 65, 95, 96, 97, 127, 128)
+
+
+def few(units: int) -> Tensor:
+    """13 rows, no multiple of a warp's, in which those that need many steps and few are beside each other."""
+    rows = noise((13, units))
+    rows[1] = 0.0
+    rows[1, ::2] = -0.0
+    rows[2] = coarse((units,))
+    rows[3] = -1.5
+    rows[4, units // 2] = float("nan")
+    rows[5] = float("-inf")
+    rows[6, ::3], rows[6, 1::3] = float("inf"), float("-inf")
+    rows[7] = rows[7].clamp(min=0.0)
+    rows[8] = torch.arange(float(units)) / 8
+    rows[9] = float("nan")
+    rows[10] = (rows[10] * 4).round() / 4
+    return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("units", FEW_UNITS)
+def test_few_units_and_every_number_of_winners(units: int, dtype: torch.dtype) -> None:
+    rows = few(units).to(dtype)
+    planes = torch.stack([rows[:-1], rows[1:]]).transpose(1, 2).contiguous()
+    for u, k in itertools.product((rows, planes), range(1, units + 1)):
+        competition = Competition("linear", k, 1.0, False)
+        assert_state(u, 1, competition)
+        assert_activities(compete.activities(u, 1, competition, dtype), u, 1, competition)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["as they are", "odd step", "odd start", "planes", "odd planes"])
+@pytest.mark.parametrize("units", FEW_UNITS)
+def test_few_units_of_every_rule(units: int, layout: str, dtype: torch.dtype) -> None:
+    rows = few(units).to(dtype)
+    if layout == "odd step":
+        rows = torch.cat([rows, rows[:, :1]], 1)[:, :units]
+    elif layout == "odd start":
+        rows = torch.cat([rows.flatten()[:1], rows.flatten()])[1:].view(rows.shape)
+    elif "planes" in layout:
+        rows = rows[: 13 if layout == "odd planes" else 12].t().contiguous().t()
+    few_win, half_win = min(3, units), (units + 1) // 2
+    for competition in (
+        Competition("softmax", 0, 0.5, True),
+        Competition("softmax", half_win, 1.0, False),
+        Competition("relu", few_win, 1.0, few_win > 1),
+        Competition("linear", 0, 1.0, False),
+        Competition("binary", half_win, 1.0, False),
+    ):
+        for y_dtype in (torch.float32, dtype):
+            y = compete.activities(rows, 1, competition, y_dtype)
+            for row, actual in zip(rows, y, strict=True):
+                assert_activities(actual, row, 0, competition)
+        assert_state(rows, 1, competition)
+    threshold, cut, _ = compete.full_state(responses(rows, 1), Competition("softmax", few_win, 1.0, False))
+    oracle = eager.competition_state(rows.double(), 1, Competition("softmax", few_win, 1.0, False))
+    assert_same(threshold, oracle[0])
+    assert_same(cut, oracle[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -318,7 +380,14 @@ def test_very_long_rows(dtype: torch.dtype) -> None:
 
 def test_many_positions() -> None:
     """More than the blocks take at once, in items that end within a tile."""
-    for u in (noise((1100, 24)), noise((3, 24, 137)), noise((2, 1030, 50)), noise((2, 1700, 50))):
+    for u in (
+        noise((4300, 24)),
+        noise((1100, 150)),
+        noise((3, 24, 138)),
+        noise((3, 150, 137)),
+        noise((2, 1030, 50)),
+        noise((2, 1700, 50)),
+    ):
         check(u.bfloat16(), 1, Competition("linear", 4, 1.0, False))
 
 
@@ -326,7 +395,7 @@ def test_many_positions() -> None:
 def test_any_schedule_gives_the_same(cuda: ModuleType, order: str) -> None:
     def everything() -> list[Tensor]:
         results = []
-        for units, layout in itertools.product((70, 1200, 1700), ("rows", "planes")):
+        for units, layout in itertools.product((70, 200, 1200, 1700), ("rows", "planes")):
             torch.manual_seed(units)
             u, dim = make(units, layout, torch.bfloat16)
             for competition in (Competition("softmax", 12, 0.5, True), Competition("softmax", 0, 1.0, False)):

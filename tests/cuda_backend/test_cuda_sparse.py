@@ -18,7 +18,7 @@ from ghl_kernels.backends.cuda.kernels import sparse
 from ghl_kernels.backends.gpu.layout import patches
 from ghl_kernels.rule import Competition
 
-SEGMENT = 256  # kSegment
+SEGMENT = 64  # kShortestSegment
 SLICE = 1024  # kSliceLength
 BINS = 4096  # kBins
 

@@ -189,7 +189,9 @@ def test_an_operation_goes_to_cuda_where_that_was_faster(
     write: Callable[..., None], cuda_calls: list[str], monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     """Only under ``auto``, and only where the CUDA backend can run it; the result is the same."""
+    monkeypatch.setattr(choice, "_cuda_competes", lambda *_, **__: False)
     operation, function = OPERATIONS_BY_KEY[key]
+    write({f"{key}:cuda": False})
     x, u = _sample()
     expected = operation(x, u)
     assert cuda_calls == []
@@ -203,14 +205,31 @@ def test_an_operation_goes_to_cuda_where_that_was_faster(
     assert cuda_calls == [function]
 
 
-@pytest.mark.parametrize(("units", "taken"), [(128, False), (129, True), (1024, True), (1025, False)])
-def test_cuda_competes_by_default_on_hopper_alone(cuda_calls: list[str], units: int, taken: bool) -> None:
-    u = torch.randn(3, units)
+@pytest.mark.parametrize(("units", "dtype", "taken"), [
+    (8, torch.float32, True), (1024, torch.float32, True), (1025, torch.float32, False),
+    (8, torch.bfloat16, True), (1536, torch.float16, True), (1537, torch.bfloat16, False),
+], ids=str)  # fmt: skip
+def test_cuda_competes_by_default_on_hopper_alone(
+    cuda_calls: list[str], units: int, dtype: torch.dtype, taken: bool
+) -> None:
+    u = torch.randn(3, units).to(dtype)
     OPERATIONS.compete(u, 1, KWTA)
     assert cuda_calls == (["activities"] if taken else [])
-    del cuda_calls[:]
     with arch.assume(arch.KNOWN["sm_80"]):
         assert choice._competing("activities", u, units, 1) is choice.compete
+
+
+@pytest.mark.parametrize(("function", "units", "itemsize", "rows", "taken"), [
+    ("winner_lists", 128, 4, False, False), ("winner_lists", 129, 4, False, True),
+    ("winner_lists", 96, 2, False, True), ("state", 1536, 2, False, True),
+    ("full_state", 1024, 2, True, True), ("full_state", 1025, 2, True, False),
+    ("activity_sums", 128, 2, True, False), ("activity_sums", 1024, 2, True, True),
+    ("activity_sums", 1025, 2, True, False), ("state", 96, 8, True, False),
+])  # fmt: skip
+def test_which_competitions_cuda_takes_unmeasured(
+    function: str, units: int, itemsize: int, rows: bool, taken: bool
+) -> None:
+    assert choice._cuda_competes(function, units, itemsize, rows=rows) == taken
 
 
 def test_a_alone_and_the_pair_go_to_cuda_by_shape(
