@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghl_kernels import _dispatch
-from ghl_kernels._geometry import Geometry
+from ghl_kernels._geometry import Geometry, is_by_tap
 from ghl_kernels.backends.eager import sum_dtype
 from ghl_kernels.rule import Competition, HebbianRule
 
@@ -69,6 +69,10 @@ def make_plan(
     group_units = units // (1 if geometry is None else geometry.groups)
     has_kernel = _dispatch.sums_grads(weight.device.type, kind, group_units, weight.numel())
     is_grad_ours = needs_grad and not is_pair and has_kernel
+    if geometry is not None:
+        # the gate then reads all in one order; where no pass adds to the sums, which a leaf keeps contiguous
+        follows = needs_grad and not at_step and _dispatch.computes_pairs(weight.device.type)
+        geometry = geometry._replace(by_tap=follows and is_by_tap(weight))
     return Plan(
         geometry, units, competition, rule.decay, needs_grad, at_step, is_sparse, keeps, is_pair, is_grad_ours
     )
@@ -268,15 +272,17 @@ def _layer_backward(
 
 
 class GateFunction(torch.autograd.Function):
-    """Identity on the weight whose backward applies the rule to what its outputs received.
+    """The weight, whose backward applies the rule to what its outputs received.
 
-    Besides the weight it returns two storage-free tensors for LayerFunction's extra inputs. With the totals
-    and the number of a probe, that probe is shown what the rule is applied to.
+    It comes in ``dtype``, if that is not None, so that G need not be widened before it is gated. Besides it
+    there are two storage-free tensors for LayerFunction's extra inputs. With the totals and the number of a
+    probe, that probe is shown what the rule is applied to.
     """
 
     @staticmethod
     def forward(
         weight: Tensor,
+        dtype: torch.dtype | None,
         moments_size: int,
         groups: int,
         decay: str,
@@ -286,11 +292,12 @@ class GateFunction(torch.autograd.Function):
         probe: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         zero = weight.new_zeros((), dtype=sum_dtype(weight.dtype))
-        return weight.view_as(weight), zero.expand(weight.shape), zero.expand(moments_size)
+        given = weight.view_as(weight) if dtype is None else weight.to(dtype)
+        return given, zero.expand(weight.shape), zero.expand(moments_size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        weight, _, *ctx.rule, ctx.totals, ctx.probe = inputs  # not saved: the totals are to be changed
+        weight, _, _, *ctx.rule, ctx.totals, ctx.probe = inputs  # not saved: the totals are to be changed
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)
 
@@ -299,11 +306,11 @@ class GateFunction(torch.autograd.Function):
         ctx: Any, G: Tensor | None, A: Tensor | None, moments: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if A is None or moments is None:  # no gradient arrived at the layer's output
-            return (None,) * 8
+            return (None,) * 9
         (weight,) = ctx.saved_tensors
         with torch.no_grad():
             gated = GateFunction._backward(ctx, G, A, moments, weight)
-        return *_final((gated,), G, A, moments, weight), *(None,) * 7
+        return *_final((gated,), G, A, moments, weight), *(None,) * 8
 
     @staticmethod
     def _backward(ctx: Any, G: Tensor | None, A: Tensor, moments: Tensor, weight: Tensor) -> Tensor | None:
@@ -313,6 +320,8 @@ class GateFunction(torch.autograd.Function):
         if gate == "none":
             H = torch.ops.ghl.delta(A, moments, weight, groups, decay, normalize)
             return H.neg_().to(weight.dtype)
+        if G is not None and G.dtype != weight.dtype:
+            return torch.ops.ghl.gate(G, A, moments, weight, groups, decay, normalize)
         if G is not None and G.requires_grad:  # a view, see _final
             G = G.clone()
         # in place: LayerFunction made G for this one edge

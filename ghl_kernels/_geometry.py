@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class Geometry(NamedTuple):
-    """A convolution with zero padding on both sides, one int per spatial dimension."""
+    """A convolution with zero padding on both sides, one int per spatial dimension.
+
+    ``by_tap``: A and G are wanted in the order (unit, tap, channel), that of a weight in channels_last.
+    """
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    by_tap: bool = False
 
     @property
     def has_short_form(self) -> bool:
@@ -28,6 +34,17 @@ class Geometry(NamedTuple):
                 in_size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True
             )
         )
+
+
+def is_by_tap(filters: Tensor) -> bool:
+    """Whether (units, channels, *kernel) lies in the order (unit, tap, channel), without gaps."""
+    order = (1, *range(filters.dim() - 1, 1, -1), 0)
+    expected = 1
+    for dim in order:
+        if filters.shape[dim] > 1 and filters.stride(dim) != expected:
+            return False
+        expected *= filters.shape[dim]
+    return True
 
 
 def per_dim(value: int | Sequence[int], dims: int, name: str, least: int) -> tuple[int, ...]:

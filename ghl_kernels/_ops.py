@@ -21,14 +21,16 @@ import torch
 from torch import Tensor
 
 from ghl_kernels import _check, _dispatch, _probe, _tape
-from ghl_kernels._geometry import Geometry
+from ghl_kernels._geometry import Geometry, is_by_tap
 from ghl_kernels.backends import eager
 from ghl_kernels.backends.eager import SGDOptions, Stepped, moments_size, sum_dtype
 from ghl_kernels.rule import Activity, Competition, Decay, Gate, Normalize
 
 _LIB = torch.library.Library("ghl", "DEF")
 _COMPETITION = "str activity, int winners, float temperature, bool anti"
-_CONV = "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+_CONV = (
+    "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, bool by_tap"
+)
 _RULE = "SymInt groups, str decay, str normalize"
 
 
@@ -38,7 +40,7 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     # What is changed in place may have any strides. A compiler that holds it to those of its plan copies it
     # into itself, and fails (Inductor, torch 2.13, the gradient of a 1 x 1 convolution).
     _LIB.define(schema, tags=(torch.Tag.flexible_layout,) if "!" in schema else ())
-    makes_only = "!" not in schema and name != "delta"  # whose kernels are told addresses
+    makes_only = "!" not in schema and name not in ("delta", "gate")  # whose kernels are told addresses
 
     def register(body: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(body)
@@ -169,17 +171,19 @@ def _conv_sums(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    by_tap: bool,
     activity: str,
     winners: int,
     temperature: float,
     anti: bool,
     decay: str,
 ) -> tuple[Tensor, Tensor]:
-    geometry = _geometry(kernel_size, stride, padding, dilation, groups)
+    geometry = _geometry(kernel_size, stride, padding, dilation, groups, by_tap)
     _guard_conv(x, u, geometry, winners)
     _check.choice("decay", decay, get_args(Decay))
     competition = _competition(activity, winners, temperature, anti)
-    return _dispatch.select(x.device, x.dtype).conv_sums(x, u, geometry, competition, decay)
+    A, moments = _dispatch.select(x.device, x.dtype).conv_sums(x, u, geometry, competition, decay)
+    return _ordered(A, by_tap), moments
 
 
 @_fake("conv_sums")
@@ -191,14 +195,15 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    by_tap: bool,
     activity: str,
     winners: int,
     temperature: float,
     anti: bool,
     decay: str,
 ) -> tuple[Tensor, Tensor]:
-    _guard_conv(x, u, _geometry(kernel_size, stride, padding, dilation, groups), winners)
-    return _empty_sums(x, (u.shape[1], x.shape[1] // groups, *kernel_size), groups, decay)
+    _guard_conv(x, u, _geometry(kernel_size, stride, padding, dilation, groups, by_tap), winners)
+    return _empty_sums(x, (u.shape[1], x.shape[1] // groups, *kernel_size), groups, decay, by_tap)
 
 
 @_op(
@@ -252,18 +257,20 @@ def _conv_pair(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    by_tap: bool,
     activity: str,
     winners: int,
     temperature: float,
     anti: bool,
     decay: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = _geometry(kernel_size, stride, padding, dilation, groups)
+    geometry = _geometry(kernel_size, stride, padding, dilation, groups, by_tap)
     _guard_conv(x, u, geometry, winners)
     _guard_grad(u, grad_u)
     _check.choice("decay", decay, get_args(Decay))
     competition = _competition(activity, winners, temperature, anti)
-    return _dispatch.select(x.device, x.dtype).conv_pair(x, u, grad_u, geometry, competition, decay)
+    A, moments, G = _dispatch.select(x.device, x.dtype).conv_pair(x, u, grad_u, geometry, competition, decay)
+    return _ordered(A, by_tap), moments, _ordered(G, by_tap)
 
 
 @_fake("conv_pair")
@@ -276,15 +283,16 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    by_tap: bool,
     activity: str,
     winners: int,
     temperature: float,
     anti: bool,
     decay: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _guard_conv(x, u, _geometry(kernel_size, stride, padding, dilation, groups), winners)
+    _guard_conv(x, u, _geometry(kernel_size, stride, padding, dilation, groups, by_tap), winners)
     _guard_grad(u, grad_u)
-    A, moments = _empty_sums(x, (u.shape[1], x.shape[1] // groups, *kernel_size), groups, decay)
+    A, moments = _empty_sums(x, (u.shape[1], x.shape[1] // groups, *kernel_size), groups, decay, by_tap)
     return A, moments, torch.empty_like(A)
 
 
@@ -309,10 +317,11 @@ def _conv_grad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    by_tap: bool,
 ) -> Tensor:
-    geometry = _geometry(kernel_size, stride, padding, dilation, groups)
+    geometry = _geometry(kernel_size, stride, padding, dilation, groups, by_tap)
     _guard_conv(x, grad_u, geometry, 0)
-    return _dispatch.select(x.device, x.dtype).conv_grad(x, grad_u, geometry)
+    return _ordered(_dispatch.select(x.device, x.dtype).conv_grad(x, grad_u, geometry), by_tap)
 
 
 @_fake("conv_grad")
@@ -324,10 +333,10 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    by_tap: bool,
 ) -> Tensor:
-    _guard_conv(x, grad_u, _geometry(kernel_size, stride, padding, dilation, groups), 0)
-    shape = (grad_u.shape[1], x.shape[1] // groups, *kernel_size)
-    return x.new_empty(shape, dtype=sum_dtype(x.dtype))
+    _guard_conv(x, grad_u, _geometry(kernel_size, stride, padding, dilation, groups, by_tap), 0)
+    return _new_sum(x, (grad_u.shape[1], x.shape[1] // groups, *kernel_size), by_tap)
 
 
 @_op(
@@ -360,15 +369,18 @@ def _conv_winner_sums(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    by_tap: bool,
     decay: str,
 ) -> tuple[Tensor, Tensor]:
-    geometry = _geometry(kernel_size, stride, padding, dilation, groups)
+    geometry = _geometry(kernel_size, stride, padding, dilation, groups, by_tap)
     _check.conv_input(x, geometry)
     positions = x.shape[0]
     for size in geometry.out_size(x.shape[2:]):
         positions *= size
     _guard_lists(x, unit, activity, positions)
-    return _dispatch.select(x.device, x.dtype).conv_winner_sums(x, unit, activity, units, geometry, decay)
+    backend = _dispatch.select(x.device, x.dtype)
+    A, moments = backend.conv_winner_sums(x, unit, activity, units, geometry, decay)
+    return _ordered(A, by_tap), moments
 
 
 @_fake("conv_winner_sums")
@@ -382,10 +394,11 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    by_tap: bool,
     decay: str,
 ) -> tuple[Tensor, Tensor]:
-    _check.conv_input(x, _geometry(kernel_size, stride, padding, dilation, groups))
-    return _empty_sums(x, (units, x.shape[1] // groups, *kernel_size), groups, decay)
+    _check.conv_input(x, _geometry(kernel_size, stride, padding, dilation, groups, by_tap))
+    return _empty_sums(x, (units, x.shape[1] // groups, *kernel_size), groups, decay, by_tap)
 
 
 # --- H, the gate, and learning in place ---------------------------------------------------------
@@ -401,6 +414,24 @@ def _delta(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, 
 def _(A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str) -> Tensor:
     _check.shape("A", A, weight.shape)
     return weight.new_empty(weight.shape, dtype=A.dtype)
+
+
+@_op(f"gate(Tensor grad, Tensor A, Tensor moments, Tensor weight, {_RULE}) -> Tensor")
+def _gate(
+    grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
+) -> Tensor:
+    _guard_gate(grad, A, moments, weight, groups, decay, normalize)
+    return _dispatch.select(weight.device, weight.dtype).gate(
+        grad, A, moments, weight, groups, decay, normalize
+    )
+
+
+@_fake("gate")
+def _(
+    grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
+) -> Tensor:
+    _check.shape("grad", grad, weight.shape)
+    return torch.empty_like(grad, dtype=weight.dtype)
 
 
 @_op(f"gate_(Tensor(a!) grad, Tensor A, Tensor moments, Tensor weight, {_RULE}) -> ()")
@@ -574,8 +605,9 @@ def _geometry(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    by_tap: bool,
 ) -> Geometry:
-    return Geometry(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
+    return Geometry(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups, by_tap)
 
 
 def _competition(activity: str, winners: int, temperature: float, anti: bool) -> Competition:
@@ -663,6 +695,22 @@ def _guard_step(layer: Stepped) -> None:
         _check.writable("momentum_buffer", buffer)
 
 
-def _empty_sums(x: Tensor, shape: Sequence[int], groups: int, decay: str) -> tuple[Tensor, Tensor]:
-    dtype = sum_dtype(x.dtype)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(moments_size(shape[0], groups, decay), dtype=dtype)
+def _empty_sums(
+    x: Tensor, shape: Sequence[int], groups: int, decay: str, by_tap: bool = False
+) -> tuple[Tensor, Tensor]:
+    moments = x.new_empty(moments_size(shape[0], groups, decay), dtype=sum_dtype(x.dtype))
+    return _new_sum(x, shape, by_tap), moments
+
+
+def _new_sum(x: Tensor, shape: Sequence[int], by_tap: bool) -> Tensor:
+    units, channels, *kernel = shape
+    stored = (units, *kernel, channels) if by_tap else shape
+    made = x.new_empty(stored, dtype=sum_dtype(x.dtype))
+    return made.movedim(-1, 1) if by_tap else made
+
+
+def _ordered(total: Tensor, by_tap: bool) -> Tensor:
+    """As the fake has it; a copy where the backend has no choice of its results' order."""
+    if not by_tap:
+        return total.contiguous()
+    return total if is_by_tap(total) else total.movedim(1, -1).contiguous().movedim(-1, 1)

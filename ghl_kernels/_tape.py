@@ -28,16 +28,11 @@ _FASTER: dict[Any, Callable[..., Any]] = {
     _aten.empty.memory_format: torch.empty,
     _aten.new_empty.default: Tensor.new_empty,
     _aten.full.default: torch.full,
-    _aten.arange.default: torch.arange,
     _aten.view.default: Tensor.view,
     _aten.reshape.default: Tensor.reshape,
     _aten.select.int: Tensor.select,
     _aten.sort.stable: Tensor.sort,
-    _aten.searchsorted.Tensor: torch.searchsorted,
-    _aten.diff.default: Tensor.diff,
     _aten.add_.Tensor: Tensor.add_,
-    _aten.div_.Tensor_mode: Tensor.div_,
-    _aten.cumsum.default: Tensor.cumsum,
 }
 
 

@@ -204,12 +204,17 @@ class GHLLayer(nn.Module, abc.ABC):
             # outside the function, so that the casts are differentiated as autocast's own are
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        weight, A, moments = self._gated_weight()
-        u, *_ = LayerFunction.apply(x, weight, bias, A, moments, self._plan(geometry))
+        plan = self._plan(geometry)
+        # G of the fused kernel is as wide as A
+        weight, A, moments = self._gated_weight(None if plan.is_pair or dtype == self.weight.dtype else dtype)
+        u, *_ = LayerFunction.apply(x, weight, bias, A, moments, plan)
         return cast(Tensor, u)
 
-    def _gated_weight(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight, and the two inputs of LayerFunction through which the sums travel."""
+    def _gated_weight(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight, and the two inputs of LayerFunction through which the sums travel.
+
+        ``dtype``: what G will have, None where that is the weight's.
+        """
         if self.gate_at == "step":
             if self._attachment is None:
                 raise RuntimeError(
@@ -227,7 +232,9 @@ class GHLLayer(nn.Module, abc.ABC):
         observed = (None, None) if self._probe is None else self._probe.gate_arguments(self.weight)
         return cast(
             tuple[Tensor, Tensor, Tensor],
-            GateFunction.apply(self.weight, size, groups, rule.decay, rule.normalize, rule.gate, *observed),
+            GateFunction.apply(
+                self.weight, dtype, size, groups, rule.decay, rule.normalize, rule.gate, *observed
+            ),
         )
 
     def _replicate_for_data_parallel(self) -> Any:

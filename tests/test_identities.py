@@ -141,8 +141,10 @@ def test_the_order_of_the_batch_does_not_matter(backend: str, rule: HebbianRule)
     u = nn.functional.conv2d(x, weight, padding=1)
     order = torch.randperm(7)
     H = functional.conv_delta(x, u, weight, rule, padding=1)
+    # a sum of hundreds of terms that comes out small is off by what the others round to
+    bound = max(2e-6, 5e-7 * H.abs().max().item())
     torch.testing.assert_close(
-        functional.conv_delta(x[order], u[order], weight, rule, padding=1), H, **rounding
+        functional.conv_delta(x[order], u[order], weight, rule, padding=1), H, rtol=2e-5, atol=bound
     )
 
 
@@ -152,14 +154,14 @@ def test_sums_add_over_the_batch(backend: str, rule: HebbianRule) -> None:
     """A and the moments are linear in the data: two halves add up to the whole, and none of it is lost."""
     x, weight, _ = data(batch=7)
     u = nn.functional.conv2d(x, weight, padding=1)
-    one = ((3, 3), (1, 1), (1, 1), (1, 1), 1, *rule.competition(37), rule.decay)
+    one = ((3, 3), (1, 1), (1, 1), (1, 1), 1, False, *rule.competition(37), rule.decay)
 
     def dense(part: slice) -> tuple[Tensor, Tensor]:
         return torch.ops.ghl.conv_sums(x[part], u[part], *one)
 
     def sparse(part: slice) -> tuple[Tensor, Tensor]:
         lists = torch.ops.ghl.winners(u[part], 1, *rule.competition(37))
-        return torch.ops.ghl.conv_winner_sums(x[part], *lists, 37, *one[:5], rule.decay)
+        return torch.ops.ghl.conv_winner_sums(x[part], *lists, 37, *one[:6], rule.decay)
 
     for sums in (dense, sparse) if rule.winners else (dense,):
         for total, first, last in zip(*map(sums, (slice(0, 7), slice(0, 6), slice(6, 7))), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ SOFTMAX = ("softmax", 0, 1.0, False)
 ANTI = ("softmax", 0, 0.5, True)
 FEW = ("softmax", 2, 2.0, True)
 KWTA = ("linear", 3, 1.0, False)
-GEOMETRY = ((3, 2), (2, 1), (1, 0), (1, 2), 2)  # of x (2, 4, 7, 6) and u (2, 6, 4, 4)
+GEOMETRY = ((3, 2), (2, 1), (1, 0), (1, 2), 2, False)  # of x (2, 4, 7, 6) and u (2, 6, 4, 4)
 
 
 def _sums(weight: Tensor, groups: int, decay: str) -> tuple[Tensor, Tensor]:
@@ -70,10 +71,10 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
             (image.contiguous(**last), response.contiguous(**last)),
             (image[:0], response[:0]),
         ]
-        inputs = [(x, u, *GEOMETRY) for x, u in pairs]
-        inputs.append((draw(2, 3, 8), draw(2, 5, 6), (3,), (1,), (0,), (1,), 1))
+        inputs = [(x, u, *GEOMETRY[:-1], by_tap) for x, u in pairs for by_tap in (False, True)]
+        inputs.append((draw(2, 3, 8), draw(2, 5, 6), (3,), (1,), (0,), (1,), 1, True))
         inputs.append(
-            (draw(1, 2, 3, 4, 3), draw(1, 5, 2, 4, 3), (2, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1), 1)
+            (draw(1, 2, 3, 4, 3), draw(1, 5, 2, 4, 3), (2, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1), 1, False)
         )
         return [
             (*first, *rule, decay)
@@ -96,9 +97,12 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         inputs = [
             (image, response, *GEOMETRY),
             (image[:0], response[:0], *GEOMETRY),
-            (draw(2, 3, 8), draw(2, 5, 6), (3,), (1,), (0,), (1,), 1),
+            (draw(2, 3, 8), draw(2, 5, 6), (3,), (1,), (0,), (1,), 1, True),
         ]
-        inputs += [(*wide, *padding, 1), (*(t.contiguous(**last) for t in wide), *padding, 2)]
+        inputs += [
+            (*wide, *padding, 1, False),
+            (*(t.contiguous(**last) for t in wide), *padding, 2, True),
+        ]
         return [(x, torch.randn_like(u), *rest) for x, u, *rest in inputs]
     if name == "gate_all_":
         some = (slice(1), slice(1, 5), slice(None))
@@ -123,8 +127,9 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         ]
     if name == "conv_winner_sums":
         return [
-            (x, *_winner_lists(x.shape[0] * 16, 2, 6, dtype), 6, *GEOMETRY, decay)
+            (x, *_winner_lists(x.shape[0] * 16, 2, 6, dtype), 6, *GEOMETRY[:-1], by_tap, decay)
             for x in (image, image.contiguous(**last), image[:0])
+            for by_tap in (False, True)
             for decay in ("none", "instar", "sanger")
         ]
     weights = [
@@ -141,7 +146,10 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         strict=True,
     ):
         sums = _sums(weight, groups, decay)
-        if name == "gate_":
+        if name == "gate":
+            narrow = torch.randn_like(weight).to(torch.bfloat16)
+            cases.append((narrow, *sums, weight, groups, decay, normalize))
+        elif name == "gate_":
             cases.append((torch.randn_like(weight), *sums, weight, groups, decay, normalize))
         elif name == "learn_":
             cases.append((weight, *sums, 0.1, groups, decay, normalize))
@@ -163,6 +171,7 @@ NAMES = (
     "linear_grad",
     "conv_grad",
     "delta",
+    "gate",
     "gate_",
     "gate_all_",
     "learn_",
@@ -305,6 +314,20 @@ def test_epilogue(backend: str, poison: None, dtype: torch.dtype, layout: str, n
         assert torch.equal(weight.double(), before)
         if layout in ("slice", "step"):
             assert all(guards_intact(tensor) for tensor in (grad, learned, weight, A))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
+def test_a_gate_of_narrow_gradients(backend: str, poison: None, layout: str, dtype: torch.dtype) -> None:
+    """The signs are those of the gradient as it is: the same bits as if it was widened before."""
+    weight, wide = torch.randn(6, 4, 3, 2), torch.randn(6, 4, 3, 2)
+    wide.view(-1)[:3] = torch.tensor([0.0, math.inf, math.nan])
+    narrow, weight = embed(wide.to(dtype), layout), embed(weight, layout)
+    sums = _sums(weight, 1, "oja")
+    gated = ops.gate(narrow, *sums, weight, 1, "oja", "layer")
+    widened = narrow.float()
+    ops.gate_(widened, *sums, weight, 1, "oja", "layer")
+    torch.testing.assert_close(gated, widened, rtol=0, atol=0, equal_nan=True)
 
 
 def _formula(

@@ -69,26 +69,6 @@ struct KernelParams {
 
 // --- element types ------------------------------------------------------------------------------
 
-struct Bf16 {
-  using Element = bf16;
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    return ptx::cvt_rn_bf16x2_f32(high, low);
-  }
-  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    ptx::mma_m16n8k16_bf16(d, a, b);
-  }
-};
-
-struct F16 {
-  using Element = f16;
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    return ptx::cvt_rn_f16x2_f32(high, low);
-  }
-  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    ptx::mma_m16n8k16_f16(d, a, b);
-  }
-};
-
 struct Tf32 {
   using Element = float;
   static constexpr bool kExact = false;
@@ -691,8 +671,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
 
 // --- the launcher -------------------------------------------------------------------------------
 
-bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
 Access access_of(const Responses& responses, int64_t group_units, int64_t positions, int64_t vector) {
   const bool items = responses.inner > 1;
   if (!is_aligned(responses.data) || (items && responses.stride_batch % vector)) return Access::plain;
@@ -738,16 +716,11 @@ PairPlan plan_of(const PairParams& params, const DeviceInfo& info) {
   return pair_plan(problem, info.multiprocessors, info.shared_limit);
 }
 
-bool has_state(const PairParams& params) {
-  return params.threshold || params.cut || params.logsumexp || params.first;
-}
-
 // Whether the kernel computes the state itself, which it can where a half holds all units of a position, in
 // neighboring lanes.
 bool makes_state(const PairParams& params) {
   const int64_t vector = 16 / itemsize_of(params.dtype);
-  return !has_state(params) && params.activity == Activity::softmax && !params.selects && !params.anti &&
-         params.geometry.groups == 1 && params.units <= kPairHalf &&
+  return needs_only_softmax(params) && params.geometry.groups == 1 && params.units <= kPairHalf &&
          access_of(params.u, params.units, params.geometry.positions(), vector) == Access::rows;
 }
 
@@ -821,29 +794,50 @@ Status pair_mma(const PairParams& params, const DeviceInfo& info, Stream stream)
   if (plan.parts > 1 && !params.workspace) return Status::failure(pair_shape(params) + ": no workspace");
   const Status status = launch_products(params, plan, stream);
   if (!status.ok || plan.parts <= 1) return status;
-  return pair_sum_tiles(params, plan, stream);
+  return pair_sum_tiles(params,
+                        {plan.parts, plan.split_tiles, plan.whole_tiles, plan.unit_blocks, plan.column_blocks,
+                         2 * kPairHalf, kPairHalf, pair_columns(plan.wide), params.geometry.group_channels()},
+                        stream);
 }
 
-bool uses_wgmma([[maybe_unused]] const PairParams& params, [[maybe_unused]] const DeviceInfo& info) {
+bool has_wgmma([[maybe_unused]] const PairParams& params, [[maybe_unused]] const DeviceInfo& info) {
 #ifdef GHL_CUDA_ON_HOST
   return false;
 #else
-  return params.form != PairForm::mma && info.capability == 90 && pair_sm90_takes(params, info);
+  return info.capability == 90 && pair_sm90_takes(params, info);
 #endif
 }
 
-Status check(const PairParams& params, const DeviceInfo& info) {
-  const auto failure = [&](const char* why) { return Status::failure(pair_shape(params) + ": " + why); };
+// What an automatic choice comes to, or mma where the form that was asked for does not take the problem.
+PairForm form_of(const PairParams& params, const DeviceInfo& info) {
+  const auto may_be = [&](PairForm form) {
+    return params.form == PairForm::automatic || params.form == form;
+  };
+  if (may_be(PairForm::narrow) && pair_narrow_takes(params, info)) return PairForm::narrow;
+  if (may_be(PairForm::wgmma) && has_wgmma(params, info)) return PairForm::wgmma;
+  return PairForm::mma;
+}
+
+bool makes_state(const PairParams& params, PairForm form) {
+  if (params.form != PairForm::automatic && params.form != form) return false;
+  if (form == PairForm::narrow) return needs_only_softmax(params);
+  return form == PairForm::mma && makes_state(params);
+}
+
+Status check(const PairParams& params, PairForm form) {
+  const auto failure = [&](const std::string& why) {
+    return Status::failure(pair_shape(params) + ": " + why);
+  };
   const bool empty = params.geometry.positions() == 0;
   if (!empty && ((params.a && !params.u.data) || (params.g && !params.grad.data))) {
     return failure("a result without its input");
   }
   if (!pair_sizes_fit(params)) return failure("sizes of 2^29 and more are not supported");
-  const bool wgmma = uses_wgmma(params, info);
-  if (params.form == PairForm::wgmma && !wgmma) {
-    return failure("the wgmma form does not take this shape on this device");
+  if (params.form != PairForm::automatic && params.form != form) {
+    const std::string name = params.form == PairForm::wgmma ? "wgmma" : "narrow";
+    return failure("the " + name + " form does not take this shape on this device");
   }
-  if (!empty && lacks_state(params) && !makes_state(params)) {
+  if (!empty && lacks_state(params) && !makes_state(params, form)) {
     return failure("the state that its activity needs is missing");
   }
   return {};
@@ -854,10 +848,21 @@ Status check(const PairParams& params, const DeviceInfo& info) {
 int64_t pair_cuda_workspace(const PairParams& params, int device) {
   DeviceInfo info;
   if (!device_info(device, info).ok) return 0;
+  const PairForm form = form_of(params, info);
+  if (form == PairForm::narrow) return pair_narrow_workspace(params, info);
 #ifndef GHL_CUDA_ON_HOST
-  if (uses_wgmma(params, info)) return pair_sm90_workspace(params, info);
+  if (form == PairForm::wgmma) return pair_sm90_workspace(params, info);
 #endif
   return pair_workspace_bytes(plan_of(params, info));
+}
+
+PairForm pair_cuda_form(const PairParams& params, int device) {
+  DeviceInfo info;
+  return device_info(device, info).ok ? form_of(params, info) : PairForm::mma;
+}
+
+bool pair_cuda_makes_state(const PairParams& params, int device) {
+  return makes_state(params, pair_cuda_form(params, device));
 }
 
 Status pair_cuda(const PairParams& params, Stream stream) {
@@ -865,10 +870,12 @@ Status pair_cuda(const PairParams& params, Stream stream) {
   DeviceInfo info;
   const Status known = device_info(stream.device, info);
   if (!known.ok) return known;
-  const Status checked = check(params, info);
+  const PairForm form = form_of(params, info);
+  const Status checked = check(params, form);
   if (!checked.ok) return checked;
+  if (form == PairForm::narrow) return pair_narrow(params, info, stream);
 #ifndef GHL_CUDA_ON_HOST
-  if (uses_wgmma(params, info)) return pair_sm90(params, info, stream);
+  if (form == PairForm::wgmma) return pair_sm90(params, info, stream);
 #endif
   return pair_mma(params, info, stream);
 }

@@ -1,5 +1,5 @@
-// What the forms of the pair [y; dL/du]^T x share: where a patch lies in x, and the contract between pair.cu
-// and pair_sm90.cu.
+// What the forms of the pair [y; dL/du]^T x share: element types, where a patch lies in x, and the contract
+// between pair.cu, pair_narrow.cu and pair_sm90.cu.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,9 @@
 #include <string>
 
 #include "cuda/device.cuh"
+#include "cuda/dtype.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
 #include "ghl/pair.h"
 
 namespace ghl {
@@ -21,10 +23,57 @@ int64_t pair_sm90_workspace(const PairParams& params, const DeviceInfo& info);  
 Status pair_sm90(const PairParams& params, const DeviceInfo& info, Stream stream);
 #endif
 
+// The form for few columns and few units of 16 bits, sm_80 and newer.
+bool pair_narrow_takes(const PairParams& params, const DeviceInfo& info);
+int64_t pair_narrow_workspace(const PairParams& params, const DeviceInfo& info);  // bytes
+Status pair_narrow(const PairParams& params, const DeviceInfo& info, Stream stream);
+
+// Whether A's activity is a softmax over all units of a position, whose state a kernel that sees them all can
+// compute itself, and which is not given.
+inline bool needs_only_softmax(const PairParams& params) {
+  const bool given = params.threshold || params.cut || params.logsumexp || params.first;
+  return !given && params.activity == Activity::softmax && !params.selects && !params.anti;
+}
+
+inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
 inline int pair_results(const PairParams& params) { return (params.a != nullptr) + (params.g != nullptr); }
 
 // For the message of a failure.
 std::string pair_shape(const PairParams& params);
+
+// Pairs of elements are packed with the first one in the lower half.
+struct Bf16 {
+  using Element = bf16;
+  static constexpr uint32_t kLowest = 0xff80;  // -infinity
+  static __device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+  static __device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return ptx::max_nan_bf16x2(a, b); }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    return ptx::cvt_rn_bf16x2_f32(high, low);
+  }
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    ptx::mma_m16n8k16_bf16(d, a, b);
+  }
+};
+
+struct F16 {
+  using Element = f16;
+  static constexpr uint32_t kLowest = 0xfc00;
+  static __device__ __forceinline__ float low(uint32_t pair) {
+    return ptx::cvt_f32_f16(static_cast<uint16_t>(pair));
+  }
+  static __device__ __forceinline__ float high(uint32_t pair) {
+    return ptx::cvt_f32_f16(static_cast<uint16_t>(pair >> 16));
+  }
+  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return ptx::max_nan_f16x2(a, b); }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    return ptx::cvt_rn_f16x2_f32(high, low);
+  }
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    ptx::mma_m16n8k16_f16(d, a, b);
+  }
+};
 
 // Division of 0 <= n < 2^63 by a number that is known before the launch: a multiplication and a shift.
 // Source: Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.

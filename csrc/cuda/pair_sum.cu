@@ -17,6 +17,8 @@ struct SumParams {
   int32_t first_tile;
   int32_t unit_blocks;
   int32_t column_blocks;
+  int32_t tile_rows;
+  int32_t tile_half;
   int32_t tile_columns;
   bool one_result;
   int32_t units;    // of a group
@@ -29,14 +31,16 @@ struct SumParams {
 
 // Where an element of the tiles belongs; null where the tile reaches beyond the result.
 __device__ __forceinline__ float* target_of(const SumParams& params, int64_t element) {
-  const int tile_size = 2 * kPairHalf * params.tile_columns;
+  const int tile_size = params.tile_rows * params.tile_columns;
   const int in_tile = static_cast<int>(element % tile_size);
-  const int row = in_tile / params.tile_columns, half = row / kPairHalf;
+  const int row = in_tile / params.tile_columns, half = row / params.tile_half;
   const int tile = params.first_tile + static_cast<int>(element / tile_size);
   const int unit_block = tile % params.unit_blocks;
   const int column_block = tile / params.unit_blocks % params.column_blocks;
   const int64_t group = tile / params.unit_blocks / params.column_blocks;
-  const int unit = (params.one_result ? 2 * unit_block + half : unit_block) * kPairHalf + row % kPairHalf;
+  // the halves of one result are neighboring units
+  const int unit = params.one_result ? unit_block * params.tile_rows + row
+                                     : unit_block * params.tile_half + row % params.tile_half;
   const int column = column_block * params.tile_columns + in_tile % params.tile_columns;
   const int64_t tap = params.channels.divide(column);
   const int64_t channel = column - tap * params.channels.value;
@@ -69,24 +73,24 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ S
 
 }  // namespace
 
-Status pair_sum_tiles(const PairParams& params, const PairPlan& plan, Stream stream) {
-  const int64_t elements =
-      plan.split_tiles * pair_tile_bytes(plan.wide) / static_cast<int64_t>(sizeof(float));
+Status pair_sum_tiles(const PairParams& params, const PartTiles& tiles, Stream stream) {
+  const int64_t elements = tiles.tiles * tiles.rows * tiles.columns;
   int teams = 1;
-  while (teams < kMostTeams && 16 * teams <= plan.parts) teams *= 2;
-  const int64_t groups = params.geometry.groups;
+  while (teams < kMostTeams && 16 * teams <= tiles.parts) teams *= 2;
   const SumParams sum{static_cast<const float*>(params.workspace),
-                      static_cast<int32_t>(plan.parts),
+                      static_cast<int32_t>(tiles.parts),
                       elements,
                       teams,
-                      static_cast<int32_t>(plan.whole_tiles),
-                      static_cast<int32_t>(plan.unit_blocks),
-                      static_cast<int32_t>(plan.column_blocks),
-                      pair_columns(plan.wide),
+                      static_cast<int32_t>(tiles.first_tile),
+                      static_cast<int32_t>(tiles.unit_blocks),
+                      static_cast<int32_t>(tiles.column_blocks),
+                      tiles.rows,
+                      tiles.half,
+                      tiles.columns,
                       pair_results(params) == 1,
-                      static_cast<int32_t>(params.units / groups),
-                      static_cast<int32_t>(params.geometry.taps() * params.geometry.group_channels()),
-                      Divisor(params.geometry.group_channels()),
+                      static_cast<int32_t>(params.units / params.geometry.groups),
+                      static_cast<int32_t>(params.geometry.taps() * tiles.channels),
+                      Divisor(tiles.channels),
                       {params.g ? params.g : params.a, params.a ? params.a : params.g},
                       params.result_layout,
                       params.result_channels};

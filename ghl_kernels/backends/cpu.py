@@ -138,6 +138,15 @@ def conv_winner_sums(
     return A, _correlate(x, unit, activity, A, geometry, decay)
 
 
+def gate(
+    grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
+) -> Tensor:
+    """|H| * sign(grad) + (grad - grad), of weight's dtype."""
+    gated = grad.to(weight.dtype, copy=True)
+    gate_(gated, A, moments, weight, groups, decay, normalize)
+    return gated
+
+
 def gate_(
     grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
 ) -> None:

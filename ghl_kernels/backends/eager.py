@@ -230,6 +230,15 @@ def conv_winner_sums(
     return conv_correlate(x, planes, shape, geometry), moments
 
 
+def gate(
+    grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
+) -> Tensor:
+    """|H| * sign(grad) + (grad - grad), of weight's dtype."""
+    gated = grad.to(weight.dtype, copy=True)
+    gate_(gated, A, moments, weight, groups, decay, normalize)
+    return gated
+
+
 def gate_(
     grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
 ) -> None:

@@ -46,7 +46,7 @@ inline PairParams pair_params(int64_t batch, int64_t channels, int64_t groups, c
   params.result_layout = filters(result_layout);
   params.result_channels = result_channels;
   params.workspace = pointer<void>(workspace);
-  params.form = enumerator("form", form, PairForm::wgmma);
+  params.form = enumerator("form", form, PairForm::narrow);
   return params;
 }
 

@@ -79,6 +79,7 @@ def sums(
     geometry: Geometry | None,
     state: State | None,
     competition: Competition,
+    form: str = "mma",
 ) -> tuple[Tensor | None, Tensor | None]:
     view = patches(x, geometry)
     return correlate.correlate(
@@ -88,11 +89,20 @@ def sums(
         state,
         competition,
         channels=view.channels,
-        form="mma",
+        form=form,
     )
 
 
-def check_sums(x: Tensor, u: Tensor, grad: Tensor, geometry: Geometry | None, rule: HebbianRule) -> None:
+def makes_state(
+    x: Tensor, u: Tensor, geometry: Geometry | None, competition: Competition, form: str = "mma"
+) -> bool:
+    view = patches(x, geometry)
+    return correlate.makes_state(view, responses(u, 1), None, competition, view.channels, form)
+
+
+def check_sums(
+    x: Tensor, u: Tensor, grad: Tensor, geometry: Geometry | None, rule: HebbianRule, form: str = "mma"
+) -> None:
     """A and G together, and each alone."""
     competition = rule.competition(u.shape[1])
     if geometry is None:
@@ -101,17 +111,17 @@ def check_sums(x: Tensor, u: Tensor, grad: Tensor, geometry: Geometry | None, ru
         shape = (u.shape[1], x.shape[1] // geometry.groups, *geometry.kernel_size)
     state = state_of(u, competition)
     y = reference.compete(u.double(), rule, 1)
-    A, G = sums(x, u, grad, geometry, state, competition)
+    A, G = sums(x, u, grad, geometry, state, competition, form)
     assert_is(A, y, x, shape, geometry)
     assert_is(G, grad, x, shape, geometry)
-    A_alone, nothing = sums(x, u, None, geometry, state, competition)
+    A_alone, nothing = sums(x, u, None, geometry, state, competition, form)
     assert nothing is None
     assert_is(A_alone, y, x, shape, geometry)
-    nothing, G_alone = sums(x, None, grad, geometry, None, competition)
+    nothing, G_alone = sums(x, None, grad, geometry, None, competition, form)
     assert nothing is None
     assert_is(G_alone, grad, x, shape, geometry)
-    if correlate.state_here(responses(u, 1), 1 if geometry is None else geometry.groups, competition):
-        assert_is(sums(x, u, None, geometry, None, competition)[0], y, x, shape, geometry)
+    if makes_state(x, u, geometry, competition, form):
+        assert_is(sums(x, u, None, geometry, None, competition, form)[0], y, x, shape, geometry)
 
 
 def equal(results: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...]) -> bool:
@@ -362,7 +372,7 @@ def test_missing_state_is_computed(cuda: ModuleType) -> None:
         pytest.skip("the family compete is not in this build")
     for rule in (SOFTMAX, HebbianRule(winners=5)):
         x, u = torch.randn(40, 16).bfloat16(), torch.randn(40, 72).bfloat16()
-        assert not correlate.state_here(responses(u, 1), 1, rule.competition(72))
+        assert not makes_state(x, u, None, rule.competition(72))
         A, _ = sums(x, u, None, None, None, rule.competition(72))
         assert_is(A, reference.compete(u.double(), rule, 1), x, (72, 16), None)
 
@@ -489,3 +499,208 @@ def test_plan_fills_the_device(
         waves = -(-plan["whole_tiles"] // resident) - (-plan["split_tiles"] * parts // resident) / parts
     work = (plan["whole_tiles"] + plan["split_tiles"]) / resident
     assert work > 0.8 * waves
+
+
+# --- the form for few columns and few units --------------------------------------------------------------
+
+
+def image(
+    units: int, channels: int, size: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, batch: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, u and dL/du of a convolution; responses have their units last, in rows that are multiples of 8."""
+    x = torch.randn(batch, channels, *size).to(dtype).movedim(1, -1).contiguous().movedim(-1, 1)
+    rows = -(-units // 8) * 8
+    u, grad = (
+        torch.full((batch, *geometry.out_size(size), rows), float("nan"), dtype=dtype) for _ in range(2)
+    )
+    for tensor in (u, grad):
+        tensor[..., :units] = torch.randn(*tensor.shape[:-1], units)
+    return x, u[..., :units].movedim(-1, 1), grad[..., :units].movedim(-1, 1)
+
+
+DEEPHEBB = Geometry((5, 5), (1, 1), (2, 2), (1, 1), 1)
+FEW_COLUMNS = [
+    (3, 96, (6, 7), DEEPHEBB),
+    (3, 64, (13, 12), Geometry((7, 7), (2, 2), (3, 3), (1, 1), 1)),
+    (3, 64, (6, 9), Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1)),
+    (1, 5, (7, 7), Geometry((5, 5), (1, 1), (0, 0), (1, 1), 1)),
+    (4, 128, (6, 5), Geometry((5, 8), (1, 1), (2, 4), (1, 1), 1)),
+    (3, 1, (4, 9), Geometry((3, 2), (2, 1), (1, 0), (1, 2), 1)),
+    (2, 16, (90,), Geometry((20,), (3,), (10,), (1,), 1)),
+    (2, 33, (3, 4, 5), Geometry((2, 3, 2), (1, 2, 1), (1, 0, 1), (2, 1, 1), 1)),
+    (3, 100, (5, 5), DEEPHEBB),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", FEW_COLUMNS, ids=lambda case: f"{case[1]} of {case[0]}")
+def test_few_columns(dtype: torch.dtype, case: tuple[Any, ...]) -> None:
+    """From 1 to 128 units and from 1 to 4 channels in 1-d to 3-d, alone and as a pair."""
+    channels, units, size, geometry = case
+    x, u, grad = image(units, channels, size, geometry, dtype)
+    check_sums(x, u, grad, geometry, SOFTMAX, "narrow")
+    check_sums(x, u, grad, geometry, HebbianRule(activity="linear", winners=1), "narrow")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("units", [40, 104])
+def test_few_columns_of_every_rule(rule: HebbianRule, units: int) -> None:
+    x, u, grad = image(units, 3, (5, 9), DEEPHEBB, torch.bfloat16)
+    check_sums(x, u, grad, DEEPHEBB, rule, "narrow")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_few_columns_of_any_layout(channels: int) -> None:
+    """x in NCHW, as every third pixel of a larger tensor of NaN, and with channels that are padding."""
+    x, u, grad = image(20, channels, (5, 6), DEEPHEBB, torch.bfloat16, batch=3)
+    wide = torch.full((3, channels + 1, 5, 18), float("nan"), dtype=x.dtype)
+    wide[:, :channels, :, ::3] = x
+    for same in (x.contiguous(), wide[:, :channels, :, ::3]):
+        check_sums(same, u, grad, DEEPHEBB, SOFTMAX, "narrow")
+    padded = torch.cat((x, x.new_full((3, 8 - channels, 5, 6), float("nan"))), 1)
+    view = patches(padded.contiguous(memory_format=torch.channels_last), DEEPHEBB)
+    competition = SOFTMAX.competition(20)
+    A, G = correlate.correlate(
+        view, responses(u, 1), responses(grad, 1), None, competition, channels=channels, form="narrow"
+    )
+    for result, other in zip((A, G), sums(x, u, grad, DEEPHEBB, None, competition, "narrow"), strict=True):
+        assert result is not None
+        assert other is not None
+        assert torch.equal(result, other)
+
+
+@pytest.mark.races
+@pytest.mark.parametrize(("units", "kernel"), [(96, 5), (16, 3), (72, 1)])
+def test_few_columns_of_many_positions(cuda: ModuleType, units: int, kernel: int) -> None:
+    """Blocks that fill the ring more than once, one with a short last step; the same in any order."""
+    geometry = Geometry((kernel, kernel), (1, 1), (kernel // 2,) * 2, (1, 1), 1)
+    x, u, grad = image(units, 3, (15, 17), geometry, torch.bfloat16, batch=9)
+    plan = cuda.narrow_plan(
+        units=units,
+        taps=kernel**2,
+        channels=3,
+        positions=u[:, 0].numel(),
+        results=2,
+        multiprocessors=4,
+        shared_limit=164 << 10,
+    )
+    steps = -(-u[:, 0].numel() // 64)
+    assert 1 < plan["blocks"] <= steps / 4 + 1
+    check_sums(x, u, grad, geometry, SOFTMAX, "narrow")
+    competition = HebbianRule(winners=3).competition(units)
+    state = state_of(u, competition)
+    runs = []
+    for order in ("forward", "reverse", "random"):
+        cuda.schedule(order, 7)
+        runs.append(sums(x, u, grad, geometry, state, competition, "narrow"))
+    assert equal(runs[0], runs[1])
+    assert equal(runs[0], runs[2])
+
+
+def test_few_columns_do_not_hide_nan() -> None:
+    """A NaN in u makes the activities of its position NaN, one in dL/du its row, one in x its patches."""
+    x, u, grad = image(24, 3, (6, 6), DEEPHEBB, torch.bfloat16)
+    u[0, 7, 2, 2], grad[0, 9, 3, 3] = float("nan"), float("inf")
+    for rule in RULES:
+        competition = rule.competition(24)
+        A, G = sums(x, u, grad, DEEPHEBB, state_of(u, competition), competition, "narrow")
+        assert A is not None
+        assert A.isnan().all()
+        assert G is not None
+        assert torch.equal((~G.isfinite()).flatten(1).any(1), torch.arange(24) == 9)
+    A, _ = sums(x, u, None, DEEPHEBB, None, SOFTMAX.competition(24), "narrow")
+    assert A is not None
+    assert A.isnan().all()
+    x[1, 2, 0, 0] = float("nan")
+    _, G = sums(x, None, grad.nan_to_num(posinf=0.0), DEEPHEBB, None, SOFTMAX.competition(24), "narrow")
+    assert G is not None
+    # the corner of x lies under the taps of no further row and column than the padding
+    bad = torch.zeros(3, 5, 5, dtype=torch.bool)
+    bad[2, :3, :3] = True
+    assert torch.equal(G.isnan().all(0), bad.flatten(1))
+    assert torch.equal(G.isnan().any(0), bad.flatten(1))
+
+
+def test_softmax_of_large_responses() -> None:
+    """u / temperature in the range of float32, where its product with log2(e) is not."""
+    x, u, _ = image(16, 3, (4, 4), DEEPHEBB, torch.bfloat16)
+    u[:] = 3e38 * torch.linspace(-1, 1, 16)[:, None, None].bfloat16()
+    A, _ = sums(x, u, None, DEEPHEBB, None, SOFTMAX.competition(16), "narrow")
+    assert_is(A, reference.compete(u.double(), SOFTMAX, 1), x, (16, 3, 5, 5), DEEPHEBB)
+
+
+def test_few_columns_are_taken_automatically(cuda: ModuleType) -> None:
+    """The first layer of a network, by the form that needs no padding and computes the softmax itself."""
+    x, u, grad = image(96, 3, (6, 7), DEEPHEBB, torch.bfloat16)
+    competition = SOFTMAX.competition(96)
+    assert correlate.takes_few_columns(patches(x, DEEPHEBB), responses(u, 1), responses(grad, 1))
+    assert makes_state(x, u, DEEPHEBB, competition, "automatic")
+    assert not makes_state(x, u, DEEPHEBB, competition, "mma")
+    automatic = sums(x, u, grad, DEEPHEBB, None, competition, "automatic")
+    assert equal(automatic, sums(x, u, grad, DEEPHEBB, None, competition, "narrow"))
+
+
+REFUSED = {
+    "float32": lambda x, u: (x.float(), u.float()),
+    "units that are not contiguous": lambda x, u: (x, u.contiguous()),
+    "rows that are not aligned": lambda x, u: (x, u[:, :92].contiguous(memory_format=torch.channels_last)),
+    "many channels": lambda x, u: (x.repeat(1, 2, 1, 1), u),
+    "many units": lambda x, u: (x, u.repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_few_columns_refuse(name: str) -> None:
+    x, u, _ = image(96, 3, (6, 7), DEEPHEBB, torch.bfloat16)
+    x, u = REFUSED[name](x, u)
+    assert not correlate.takes_few_columns(patches(x, DEEPHEBB), responses(u, 1), None)
+    with pytest.raises(RuntimeError, match="the narrow form does not take this shape on this device"):
+        sums(x, None, u, DEEPHEBB, None, SOFTMAX.competition(u.shape[1]), "narrow")
+
+
+@pytest.mark.parametrize("shared_limit", LARGEST_BLOCKS.values(), ids=LARGEST_BLOCKS.keys())
+@pytest.mark.parametrize("results", [1, 2])
+@pytest.mark.parametrize("units", [1, 16, 33, 64, 65, 96, 97, 128])
+@pytest.mark.parametrize(("taps", "channels"), [(1, 1), (9, 3), (25, 3), (49, 3), (40, 4)])
+def test_plan_of_few_columns(
+    cuda: ModuleType, shared_limit: int, results: int, units: int, taps: int, channels: int
+) -> None:
+    """The tile holds all units and columns, in blocks that the device has room for."""
+    plan = cuda.narrow_plan(
+        units=units,
+        taps=taps,
+        channels=channels,
+        positions=1 << 19,
+        results=results,
+        multiprocessors=132,
+        shared_limit=shared_limit,
+    )
+    assert plan["half"] >= units
+    assert plan["rows"] == results * plan["half"]
+    assert plan["columns"] >= taps * channels
+    assert plan["threads"] in (128, 256, 512)
+    # larger tiles are refused where a block has less than an A100's
+    assert plan["shared"] <= max(shared_limit, LARGEST_BLOCKS["A100"])
+    assert plan["blocks"] >= 132
+    assert plan["blocks"] * plan["threads"] <= 132 * 512
+    assert plan["workspace"] <= 48 << 20
+
+
+def test_layers_of_few_channels_are_not_padded(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend's operations give x to the form as it is, here in NCHW."""
+    from ghl_kernels.backends.cuda.operations import OPERATIONS
+
+    x, u, grad = image(96, 3, (6, 7), DEEPHEBB, torch.bfloat16)
+    seen = []
+    real = correlate.correlate
+
+    def correlate_(view: Any, *args: Any, **options: Any) -> Any:
+        seen.append((view.tensor.data_ptr(), args[2]))
+        return real(view, *args, **options)
+
+    monkeypatch.setattr(correlate, "correlate", correlate_)
+    x = x.contiguous()
+    A, _, G = OPERATIONS.conv_pair(x, u, grad, DEEPHEBB, SOFTMAX.competition(96), "none")
+    assert seen == [(x.data_ptr(), None)]
+    assert_is(A, reference.compete(u.double(), SOFTMAX, 1), x, (96, 3, 5, 5), DEEPHEBB)
+    assert_is(G, grad, x, (96, 3, 5, 5), DEEPHEBB)

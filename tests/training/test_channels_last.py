@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from beside_reference import RULE
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghl_kernels as ghl
 from ghl_kernels import HebbianRule
@@ -118,3 +120,35 @@ def _note(seen: list[tuple[int, ...]], _module: nn.Module, _inputs: object, u: T
     seen.append(u.stride())
     assert u.is_contiguous(memory_format=torch.channels_last)
     u.register_hook(lambda grad: seen.append(grad.stride()))
+
+
+class _Gates(TorchDispatchMode):
+    """Layouts of what a gate is given: G, A and the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[set[tuple[int, ...]]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        if function is torch.ops.ghl.gate_.default:
+            G, A, _, weight, *_ = arguments
+            self.seen.append({tensor.stride() for tensor in (G, A, weight)})
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize("sums_at", ["forward", "backward"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_gate_on_a_gpu_reads_one_order(name: str, rule: str, sums_at: str, channels_last: bool) -> None:
+    if not {status.name: status.available for status in ghl.backends()}[name]:
+        pytest.skip(f"backend {name!r} cannot run here")
+    layer = ghl.GHLConv2d(8, 16, 3, rule=RULES[rule], sums_at=sums_at)
+    x = torch.randn(2, 8, 6, 6)
+    if channels_last:
+        layer, x = (t.to(memory_format=torch.channels_last) for t in (layer, x))
+    with ghl.use_backend(name), _Gates() as gates:
+        layer(x).square().sum().backward()
+    assert gates.seen == [{layer.weight.stride()}]

@@ -195,3 +195,12 @@ def test_precision_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.backends.cuda.matmul.allow_tf32 = allowed
         assert config.precision(torch.float32, is_conv=False, arch=chip) == expected
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_first_layers_are_the_cuda_backends_on_hopper() -> None:
+    """Few channels of 16 bits, as they are and not padded."""
+    problem = Problem(96, 75, 3, 1 << 19, 1, 2, 2, makes_y=True, state_here=False)
+    assert config.prefers_few_channels(problem, arch.KNOWN["sm_90"])
+    assert not config.prefers_few_channels(problem, arch.KNOWN["sm_80"])
+    for change in ({"itemsize": 4}, {"channels": 8, "columns": 200}):
+        assert not config.prefers_few_channels(problem._replace(**change), arch.KNOWN["sm_90"])

@@ -21,7 +21,10 @@ from ghl_kernels.rule import Competition
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several segments, pieces of a segment and blocks of columns, at sizes that are quick here."""
-    for name, value in (("SEGMENT", 8), ("ENTRIES", 4), ("COLUMNS", 16)):
+    for name, value in (
+        *(("SEGMENT", 8), ("ENTRIES", 4), ("COLUMNS", 16)),
+        *(("SEARCHED", 4), ("SCANNED", 4), ("TOGETHER", 2)),
+    ):
         monkeypatch.setattr(sparse, name, value)
 
 
@@ -78,7 +81,6 @@ def run(given: Given, *, sum_activity: bool = True) -> tuple[Tensor, Tensor | No
 
 def assert_right(given: Given) -> None:
     A, sums = run(given)
-    assert A.is_contiguous()
     assert A.dtype == torch.float32
     assert sums is not None
     wanted = zip(
@@ -196,7 +198,18 @@ def test_undefined_winners_do_not_stop_a_recording() -> None:
         given.unit.fill_(value)
         with recording() as launches:
             run(given)
-        assert [one.kernel for one in launches] == [sparse.gather_kernel, sparse.combine_kernel]
+        assert [one.kernel for one in launches] == [
+            *(sparse.starts_kernel, sparse.ends_kernel, sparse.owners_kernel),
+            *(sparse.gather_kernel, sparse.combine_kernel),
+        ]
+
+
+def test_units_that_take_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were more of them than sorted keys of 16 bits can tell apart."""
+    given = random_case("linear", 3)
+    narrow = run(given)
+    monkeypatch.setattr(sparse, "_INT16", given.units - 1)
+    assert all(torch.equal(*pair) for pair in zip(run(given), narrow, strict=True))
 
 
 @pytest.mark.parametrize("columns", [1, 27, 576, 4608, 65_536, 1 << 24])

@@ -275,7 +275,7 @@ def test_blocks_cover_the_rows(tile_rows: int, rows: int) -> None:
     assert math.ceil(rows / per_block) <= epilogue.MAX_BLOCKS
 
 
-@pytest.mark.parametrize("shape", [(2, 5), (7, 3, 343), (5, 1024), (3, 1, 1)])
+@pytest.mark.parametrize("shape", [(2, 5), (7, 3, 343), (5, 1024), (3, 1, 1), (8, 5), (33, 129)])
 def test_sum_splits_adds_in_order(shape: tuple[int, ...]) -> None:
     parts = torch.randn(shape)
     total = torch.zeros(shape[1:])
@@ -289,7 +289,7 @@ def test_sum_of_one_split_is_no_copy() -> None:
     assert epilogue.sum_splits(parts).data_ptr() == parts.data_ptr()
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits", [1, 3, 8, 17])
 @pytest.mark.parametrize(
     ("units", "taps", "padded", "channels"), [(5, 9, 8, 3), (70, 1, 24, 19), (3, 25, 16, 16)]
 )

@@ -22,8 +22,9 @@ struct Responses {
   int64_t stride_unit = 1;
 };
 
-// Which kernel: mma.sync runs on sm_80 and newer, wgmma on sm_90 where it takes the shape.
-enum class PairForm : int { automatic = 0, mma = 1, wgmma = 2 };
+// Which kernel: mma.sync runs on sm_80 and newer; so does narrow, for few columns and few units; wgmma on
+// sm_90 where it takes the shape.
+enum class PairForm : int { automatic = 0, mma = 1, wgmma = 2, narrow = 3 };
 
 // A = sum_p y_p x_p^T with y = c(u), and G = sum_p (dL/du)_p x_p^T.
 struct PairParams {
@@ -70,6 +71,10 @@ inline bool lacks_state(const PairParams& params) {
 }
 
 int64_t pair_cuda_workspace(const PairParams& params, int device);
+// The form that would run.
+PairForm pair_cuda_form(const PairParams& params, int device);
+// Whether it computes the state itself, of which nothing is given.
+bool pair_cuda_makes_state(const PairParams& params, int device);
 Status pair_cuda(const PairParams& params, Stream stream);
 
 }  // namespace ghl

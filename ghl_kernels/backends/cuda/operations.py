@@ -35,6 +35,9 @@ class CudaOperations(Operations):
         assert A is not None
         return A.view(shape), None if G is None else G.view(shape)
 
+    def takes_few_channels(self, x: Patches, u: Responses, grad_u: Responses | None) -> bool:
+        return correlate.takes_few_columns(x, u, grad_u)
+
     def takes_library(self, x: Patches, units: int, *, pair: bool) -> bool:
         return correlate.prefers_library(x, units, pair=pair)
 

@@ -18,7 +18,8 @@ class Job(NamedTuple):
 
     A is float32 of weight's shape, moments are those of eager.new_moments in float32, weight is float32,
     bfloat16 or float16 of any strides. ``out``, of weight's shape and any strides, is what is written: H
-    (float32), the gradient in place, or the weight in place.
+    (float32), the gated gradient, or the weight in place. ``grad``, of any floating dtype and any strides, is
+    what a gate takes the signs of; None: ``out``, in place.
     """
 
     A: Tensor
@@ -28,14 +29,22 @@ class Job(NamedTuple):
     groups: int
     decay: str
     normalize: str
+    grad: Tensor | None = None
+
+    @property
+    def signs(self) -> Tensor:
+        """What a gate takes the signs of."""
+        return self.out if self.grad is None else self.grad
 
 
 def run(jobs: Sequence[Job], launch: Callable[[list[Job]], None]) -> None:
-    """Launch the prepared jobs, all of one device and one pair of dtypes (weight, out) at a time."""
-    groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Job]] = {}
+    """Launch the prepared jobs, all of one device and of the same dtypes (weight, out, grad) at a time."""
+    groups: dict[tuple[torch.device, torch.dtype, torch.dtype, torch.dtype], list[Job]] = {}
     for job in jobs:
         if job.out.numel():
-            groups.setdefault((job.out.device, job.weight.dtype, job.out.dtype), []).append(job)
+            groups.setdefault((job.out.device, job.weight.dtype, job.out.dtype, job.signs.dtype), []).append(
+                job
+            )
     for group in groups.values():
         prepared = [_prepare(job) for job in group]
         launch(prepared)
@@ -59,6 +68,7 @@ def _prepare(job: Job) -> Job:
         job.groups,
         decay,
         job.normalize,
+        None if job.grad is None else ordered_as(out, job.grad),
     )
 
 

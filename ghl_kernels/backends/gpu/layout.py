@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ghl_kernels._geometry import Geometry
@@ -99,6 +100,7 @@ class Patches(NamedTuple):
     channel_stride: int
     strides: tuple[int, int, int]
     dims: int  # spatial ones; 0 for linear, whose patches are the rows of x
+    by_tap: bool = False  # sums over the patches are written (unit, tap, channel)
 
     @property
     def positions(self) -> int:
@@ -170,7 +172,19 @@ def patches(x: Tensor, geometry: Geometry | None) -> Patches:
         x.stride(1),
         _three(x.stride()[2:], 0),
         len(size),
+        geometry.by_tap,
     )
+
+
+def sum_strides(x: Patches, channels: int) -> tuple[int, int, int]:
+    """Of sums (units, channels, taps) over the patches, in the order that they ask for."""
+    return (channels * x.taps, 1, channels) if x.by_tap else (channels * x.taps, x.taps, 1)
+
+
+def new_sum(x: Patches, units: int, channels: int) -> Tensor:
+    """An uninitialized float32 (units, channels, taps) with those strides."""
+    shape, strides = (units, channels, x.taps), sum_strides(x, channels)
+    return torch.empty_strided(shape, strides, dtype=torch.float32, device=x.tensor.device)
 
 
 def is_long(count: int, *tensors: Tensor) -> bool:

@@ -24,6 +24,7 @@ from ghl_kernels.rule import Competition
 # y is written, and read back by the library, in pieces of this part of L2.
 _CHUNK_OF_L2 = 0.25
 _ALIGNED_CHANNELS = 8  # of 16 bits: one 16-byte load
+_FEW_CHANNELS = 4  # of a network's input
 
 
 class Operations(abc.ABC):
@@ -46,6 +47,10 @@ class Operations(abc.ABC):
         shape: tuple[int, ...],
     ) -> tuple[Tensor, Tensor | None]:
         """A and G by the fused kernel, contiguous and of the weight's shape; x may have padded channels."""
+
+    def takes_few_channels(self, x: Patches, u: Responses, grad_u: Responses | None) -> bool:
+        """Whether the fused kernel takes an input of few channels as it is, whatever its layout."""
+        return False
 
     @abc.abstractmethod
     def takes_library(self, x: Patches, units: int, *, pair: bool) -> bool:
@@ -136,6 +141,21 @@ class Operations(abc.ABC):
         self.epilogue.delta([Job(A, moments, weight, H, groups, decay, normalize)])
         return H
 
+    def gate(
+        self,
+        grad: Tensor,
+        A: Tensor,
+        moments: Tensor,
+        weight: Tensor,
+        groups: int,
+        decay: str,
+        normalize: str,
+    ) -> Tensor:
+        """|H| * sign(grad) + (grad - grad), of weight's dtype."""
+        gated = torch.empty_like(grad, dtype=weight.dtype)
+        self.epilogue.gate_([Job(A, moments, weight, gated, groups, decay, normalize, grad)])
+        return gated
+
     def gate_(
         self,
         grad: Tensor,
@@ -220,9 +240,18 @@ class Operations(abc.ABC):
         elif self.takes_library(patches(x, geometry), units, pair=grad_u is not None):
             return self._conv_by_library(x, u, grad_u, geometry, competition, decay, moments)
         else:
-            padded = _padded(_channels_last(x), groups)
-            A, G = self._sums(patches(padded, geometry), u, grad_u, shape, competition, decay, moments)
+            A, G = self._sums(
+                self._patches(x, u, grad_u, geometry), u, grad_u, shape, competition, decay, moments
+            )
         return A.view(shape), moments, None if G is None else G.view(shape)
+
+    def _patches(self, x: Tensor, u: Tensor, grad_u: Tensor | None, geometry: Geometry) -> Patches:
+        """The patches of x, which is copied where the kernel is faster on other strides or more channels."""
+        if x.shape[1] // geometry.groups <= _FEW_CHANNELS:
+            raw, grad = patches(x, geometry), None if grad_u is None else responses(grad_u, 1)
+            if self.takes_few_channels(raw, responses(u, 1), grad):
+                return raw
+        return patches(_padded(_channels_last(x), geometry.groups), geometry)
 
     def _conv_by_library(
         self,

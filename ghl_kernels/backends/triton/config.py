@@ -25,6 +25,7 @@ _LEAST_STEPS = 8
 # Units of a tile that is no larger for its state. One that held 96 units took 4 times as long on an H100 as a
 # launch for the state and the product together.
 _STATE_HERE_UNITS = 64
+_FEW_CHANNELS = 4
 _CHUNK = 64  # channels that the CUDA backend's kernel for Hopper takes at a time
 
 
@@ -233,6 +234,15 @@ def prefers_cuda(problem: Problem, arch: Arch, *, rows: bool) -> bool:
     """
     known = measured.verdict(arch.name, _key(problem), "cuda")
     return _suits_hopper(problem, arch, rows=rows) if known is None else known
+
+
+def prefers_few_channels(problem: Problem, arch: Arch) -> bool:
+    """Whether the CUDA backend's kernel for the first layers of networks is faster than any tile here.
+
+    An estimate: on an H100 a tile takes six times as long as it takes to read u, since it holds neither all
+    units of a position nor a number of columns near that of the layer.
+    """
+    return arch.has_wgmma and problem.itemsize == 2 and problem.channels <= _FEW_CHANNELS
 
 
 def _suits_hopper(problem: Problem, arch: Arch, *, rows: bool) -> bool:

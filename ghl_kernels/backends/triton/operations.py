@@ -33,13 +33,19 @@ class TritonOperations(Operations):
         problem = _problem(x, shape[0], pair=grad_u is not None)
         rows = all(view.unit_stride == 1 for view in (u, grad_u) if view is not None)
         prefers_cuda = config.prefers_cuda(problem, arch_of(x.tensor.device), rows=rows)
-        if prefers_cuda and choice.may_take_cuda(x.tensor):
+        if (prefers_cuda and choice.may_take_cuda(x.tensor)) or self.takes_few_channels(x, u, grad_u):
             return CUDA_OPERATIONS.correlate(x, u, grad_u, state, competition, shape)
         if state is None and not correlate.makes_state(x, u, grad_u, competition):
             state = self.competing.state(u, competition)
         A, G = correlate.correlate(x, u, grad_u, state, competition, channels=shape[1])
         assert A is not None
         return A.view(shape), None if G is None else G.view(shape)
+
+    def takes_few_channels(self, x: Patches, u: Responses, grad_u: Responses | None) -> bool:
+        problem = _problem(x, u.units, pair=grad_u is not None)
+        prefers_cuda = config.prefers_few_channels(problem, arch_of(x.tensor.device))
+        may_take = prefers_cuda and choice.may_take_cuda(x.tensor)
+        return may_take and CUDA_OPERATIONS.takes_few_channels(x, u, grad_u)
 
     def takes_library(self, x: Patches, units: int, *, pair: bool) -> bool:
         problem = _problem(x, units, pair=pair)

@@ -19,24 +19,16 @@ from ghl_kernels.backends.cuda.kernels.arguments import (
     response_arguments,
     state_arguments,
 )
-from ghl_kernels.backends.gpu.layout import VECTOR, Patches, Responses
+from ghl_kernels.backends.gpu.layout import Patches, Responses, new_sum, sum_strides
 from ghl_kernels.backends.gpu.memory import workspace
 from ghl_kernels.backends.gpu.precision import allows_tf32
 from ghl_kernels.backends.gpu.state import State
 from ghl_kernels.rule import Competition
 
-FORM = {"automatic": 0, "mma": 1, "wgmma": 2}
+FORM = {"automatic": 0, "mma": 1, "wgmma": 2, "narrow": 3}
+_ANY = Competition("softmax", 0, 1.0, False)
 # Estimated from the rates of matrix units and memory; tf32 has half the rate of 16 bits.
 _INTENSITY = 800.0
-_STATE_HERE_UNITS = 64  # of the tile that holds all units of a position
-
-
-def state_here(u: Responses, groups: int, competition: Competition) -> bool:
-    """Whether the kernel computes the softmax itself: a tile then holds all units of a position."""
-    activity, winners, _, anti = competition
-    is_plain_softmax = activity == "softmax" and not winners and not anti
-    whole = u.is_aligned and u.units % VECTOR == 0 and u.tensor.data_ptr() % 16 == 0
-    return is_plain_softmax and whole and groups == 1 and u.units <= _STATE_HERE_UNITS
 
 
 def takes_tf32(x: Patches) -> bool:
@@ -74,36 +66,78 @@ def correlate(
     """A (if u is given) and G (if grad is), float32 (units, channels, taps).
 
     ``channels`` of a group are wanted; those of x from there on are padding. Fast where the channels of x
-    are contiguous. ``state`` None: it is computed, in this kernel where state_here says so. ``form``: the
-    kernel for sm_80 and newer ("mma"), the one for sm_90 ("wgmma"), or whichever suits the device.
+    are contiguous, or few. ``state`` None: it is computed, in this kernel where makes_state says so.
+    ``form``: the kernel for sm_80 and newer ("mma"), the one for few columns and units ("narrow"), the one
+    for sm_90 ("wgmma"), or whichever suits the layer and the device.
     """
     some = u or grad
     assert some is not None
-    device = x.tensor.device
-    if u is not None and state is None and not state_here(u, x.groups, competition):
+    if u is not None and state is None and not makes_state(x, u, grad, competition, channels, form):
         state = compete.state(u, competition)
-    shape = (some.units, channels, x.taps)
-    A = torch.empty(shape, dtype=torch.float32, device=device) if u else None
-    G = torch.empty(shape, dtype=torch.float32, device=device) if grad else None
-    arguments: dict[str, Any] = {
+    A = new_sum(x, some.units, channels) if u else None
+    G = new_sum(x, some.units, channels) if grad else None
+    arguments = _arguments(x, u, grad, competition, channels, form)
+    arguments |= {**state_arguments(state), "a": A, "g": G}
+    size = _native.load_cuda().pair_workspace(**addresses(arguments), **place_of(x.tensor))
+    columns = x.taps * x.channels
+    what = f"the sums of {some.units} units over {columns} inputs at {some.positions} positions"
+    scratch = workspace((-(-size // 4),), x.tensor.device, what) if size else None
+    queue(_native.load_cuda().pair, **arguments, workspace=scratch)
+    return A, G
+
+
+def makes_state(
+    x: Patches,
+    u: Responses,
+    grad: Responses | None,
+    competition: Competition,
+    channels: int,
+    form: str = "automatic",
+) -> bool:
+    """Whether the kernel computes the softmax itself: a tile then holds all units of a position."""
+    arguments = _described(x, u, grad, competition, channels, form)
+    return bool(_native.load_cuda().pair_makes_state(**arguments, **place_of(x.tensor)))
+
+
+def takes_few_columns(x: Patches, u: Responses, grad: Responses | None) -> bool:
+    """Whether an automatic choice is the kernel for few columns and units, for which x need not be padded."""
+    arguments = _described(x, u, grad, _ANY, x.channels, "automatic")
+    return bool(_native.load_cuda().pair_form(**arguments, **place_of(x.tensor)) == FORM["narrow"])
+
+
+def _described(
+    x: Patches,
+    u: Responses | None,
+    grad: Responses | None,
+    competition: Competition,
+    channels: int,
+    form: str,
+) -> dict[str, Any]:
+    """A problem whose results have no place yet: the addresses of x stand for theirs, which are not asked."""
+    results = {name: x.tensor for name, view in (("a", u), ("g", grad)) if view is not None}
+    return addresses(_arguments(x, u, grad, competition, channels, form) | results)
+
+
+def _arguments(
+    x: Patches,
+    u: Responses | None,
+    grad: Responses | None,
+    competition: Competition,
+    channels: int,
+    form: str,
+) -> dict[str, Any]:
+    """Everything but the state, the results and the workspace."""
+    some = u or grad
+    assert some is not None
+    return {
         **patch_arguments(x),
         "dtype": DTYPE[x.tensor.dtype],
         "tf32": takes_tf32(x),
         "units": some.units,
-        "result_layout": (channels * x.taps, x.taps, 1),
+        "result_layout": sum_strides(x, channels),
         "result_channels": channels,
         **response_arguments("u", u),
         **response_arguments("grad", grad),
         **competition_arguments(competition),
-        **state_arguments(state),
-        "a": A,
-        "g": G,
         "form": FORM[form],
     }
-    cuda = _native.load_cuda()
-    size = cuda.pair_workspace(**addresses(arguments), **place_of(x.tensor))
-    columns = x.taps * x.channels
-    what = f"the sums of {some.units} units over {columns} inputs at {some.positions} positions"
-    scratch = workspace((-(-size // 4),), device, what) if size else None
-    queue(cuda.pair, **arguments, workspace=scratch)
-    return A, G

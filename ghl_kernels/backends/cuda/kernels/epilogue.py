@@ -49,7 +49,7 @@ def delta(jobs: Sequence[Job]) -> None:
 
 
 def gate_(jobs: Sequence[Job]) -> None:
-    """out <- |H| * sign(out) + (out - out) of every layer, out being the gradient."""
+    """out <- |H| * sign(G) + (G - G) of every layer, G being its ``grad``, or out itself."""
     run(jobs, functools.partial(_launch, "gate", 0.0))
 
 
@@ -71,11 +71,11 @@ def fused_sgd_(layers: Sequence[Stepped], options: SGDOptions) -> None:
 
 def _launch(target: str, rate: float, jobs: list[Job]) -> None:
     dtype = jobs[0].weight.dtype
-    if target == "gate" and jobs[0].out.dtype != dtype:
+    if target == "gate" and {jobs[0].out.dtype, jobs[0].signs.dtype} != {dtype}:
         return _gate_in_float32(jobs)
     held = _workspace(jobs)
     _native.load_cuda().foreach_epilogue(
-        layers=[_layer(job, grad=job.out if target == "gate" else None) for job in jobs],
+        layers=[_layer(job, grad=job.signs if target == "gate" else None) for job in jobs],
         dtype=DTYPE[dtype],
         target=_TARGET[target],
         rate=rate,
@@ -87,7 +87,9 @@ def _launch(target: str, rate: float, jobs: list[Job]) -> None:
 
 def _gate_in_float32(jobs: list[Job]) -> None:
     """A gradient of another dtype than its weight's: both without a rounding of their own."""
-    wide = [job._replace(weight=job.weight.float(), out=job.out.float()) for job in jobs]
+    wide = [
+        job._replace(weight=job.weight.float(), out=job.out.float(), grad=job.signs.float()) for job in jobs
+    ]
     _launch("gate", 0.0, wide)
     for job, ready in zip(jobs, wide, strict=True):
         if ready.out is not job.out:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ghl_kernels import _native
 from ghl_kernels.backends.cuda.kernels.arguments import DTYPE, addresses, patch_arguments, place_of, queue
-from ghl_kernels.backends.gpu.layout import Patches
+from ghl_kernels.backends.gpu.layout import Patches, new_sum
 from ghl_kernels.backends.gpu.memory import workspace
 
 
@@ -25,7 +25,7 @@ def correlate(
         torch.OutOfMemoryError: no memory for the workspace, with its size.
     """
     cuda, device = _native.load_cuda(), activity.device
-    A = torch.empty((units, x.channels, x.taps), dtype=torch.float32, device=device)
+    A = new_sum(x, units, x.channels)
     sums = torch.empty(units, dtype=torch.float32, device=device) if sum_activity else None
     unit, activity = unit.contiguous(), activity.contiguous()
     arguments = {
@@ -36,7 +36,7 @@ def correlate(
         "x_dtype": DTYPE[x.tensor.dtype],
         "units": units,
         "a": A,
-        "a_layout": (x.channels * x.taps, x.taps, 1),
+        "a_layout": A.stride(),
         "activity_sum": sums,
     }
     purpose = f"the sums of {units} units of {x.channels * x.taps} inputs over {unit.numel()} winners"

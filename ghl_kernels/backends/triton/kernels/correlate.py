@@ -299,8 +299,8 @@ def correlate(
     )
     wanted = channels or x.channels
     return (
-        sum_filters(a, wanted) if a is not None else None,
-        sum_filters(g, wanted) if g is not None else None,
+        sum_filters(a, wanted, by_tap=x.by_tap) if a is not None else None,
+        sum_filters(g, wanted, by_tap=x.by_tap) if g is not None else None,
     )
 
 

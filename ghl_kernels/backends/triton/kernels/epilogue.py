@@ -31,10 +31,13 @@ WIDE_ROWS, WIDE_COLUMNS = 2, 256
 MAX_BLOCKS = 1024
 # What a table is searched with is padded to a power of two, and at least this: one kernel for most networks.
 LEAST_JOBS = 64
-SUM_BLOCK = 1024
+# (elements of a program, splits that it loads at a time) of a sum. Results of many splits are small: an H100
+# took 21 us for 7200 elements in 8 programs.
+SUM_OF_FEW, SUM_OF_MANY = (1024, 1), (128, 16)
+MANY_SPLITS = 8
 _WARPS = 4
 _VECTOR = tl.constexpr(8)  # elements; 16 bytes of the narrowest dtype
-_TABLES = 64
+_TABLES = 512  # an allocator gives the same addresses again, if not every step; a new table is one more copy
 
 _EPS = tl.constexpr(eager.EPS)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -55,6 +58,8 @@ class Fields(NamedTuple):
     weight_stride: int
     out: int
     out_stride: int
+    grad: int
+    grad_stride: int
     row_decay: int  # address of the moments that multiply the rows of W (instar)
     positions: int  # address of their number
     rows: int
@@ -72,7 +77,8 @@ def _field(name: str) -> tl.constexpr:
 
 
 _FIELDS = tl.constexpr(len(Fields._fields))
-_A, _WEIGHT, _OUT = _field("A"), _field("weight"), _field("out")  # an address, then its stride
+# an address, then its stride
+_A, _WEIGHT, _OUT, _GRAD = _field("A"), _field("weight"), _field("out"), _field("grad")
 _ROW_DECAY, _POSITIONS = _field("row_decay"), _field("positions")
 _ROWS, _COLUMNS, _ROWS_PER_BLOCK = _field("rows"), _field("columns"), _field("rows_per_block")
 _BLOCKS, _FIRST_ROW, _TILE = _field("blocks"), _field("first_row"), _field("tile")
@@ -80,9 +86,9 @@ _DECAY, _NORMALIZE = _field("decay"), _field("normalize")
 
 
 @triton.jit
-def _find_job(table, jobs, JOBS: tl.constexpr):
+def _find_job(table, jobs, program, JOBS: tl.constexpr):
     """(where the fields of this program's layer lie, which of the layer's blocks it is)."""
-    program = tl.program_id(0).to(tl.int64)
+    program = program.to(tl.int64)
     index = tl.arange(0, JOBS)
     first = tl.load(table + index, mask=index < jobs, other=0x7FFFFFFFFFFFFFFF)
     begun = first <= program
@@ -207,7 +213,9 @@ def reduce_kernel(
     WIDE_COLUMNS: tl.constexpr,
 ):
     """factors: per row of W. maxima: of |H|, per row for the norm of filters, per block for a layer's."""
-    job, block = _find_job(table, jobs, JOBS)
+    # From the last row to the first: the end of A, which was written last, is still in L2. The other launch
+    # goes back the same way.
+    job, block = _find_job(table, jobs, tl.num_programs(0) - 1 - tl.program_id(0), JOBS)
     tile = _small(job, _TILE)
     if tile == _NARROW:
         _reduce_rows(job, block, factors, maxima, WEIGHT, NARROW_ROWS, NARROW_COLUMNS, 1)
@@ -246,6 +254,7 @@ def _apply_rows(
     OPERATION: tl.constexpr,
     WEIGHT: tl.constexpr,
     OUT: tl.constexpr,
+    GRAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -254,6 +263,7 @@ def _apply_rows(
     A, A_stride = _matrix(job, _A, tl.float32, VECTOR)
     W, W_stride = _matrix(job, _WEIGHT, WEIGHT, VECTOR)
     out, out_stride = _matrix(job, _OUT, OUT, VECTOR)
+    grad, grad_stride = _matrix(job, _GRAD, GRAD, VECTOR)
     begin, end, columns = _rows_of(job, block, VECTOR)
     normalize, first = _small(job, _NORMALIZE), tl.load(job + _FIRST_ROW)
     decays = _small(job, _DECAY) != _NONE
@@ -263,6 +273,7 @@ def _apply_rows(
         inside = row < end
         wide_row = row.to(tl.int64)
         A_row, W_row, out_row = wide_row * A_stride, wide_row * W_stride, wide_row * out_stride
+        grad_row = wide_row * grad_stride
         factor = tl.load(factors + first + row, mask=inside, other=0.0)
         divisor = scope + tl.zeros((ROWS,), tl.float32)
         if normalize == _FILTER:
@@ -278,14 +289,13 @@ def _apply_rows(
             w = tl.load(W + W_row[:, None] + column[None, :], mask=w_mask, other=0.0).to(tl.float32)
             h = _update(a, w, factor[:, None], decays)
             h = tl.div_rn(h, divisor[:, None])
-            here = out + out_row[:, None] + column[None, :]
             if OPERATION == "gate":
-                g = tl.load(here, mask=mask, other=0.0).to(tl.float32)
+                g = tl.load(grad + grad_row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
                 sign = tl.where(g > 0.0, 1.0, tl.where(g < 0.0, -1.0, 0.0))
                 h = tl.where(tl.abs(g) < float("inf"), tl.abs(h) * sign, float("nan"))
             elif OPERATION == "learn":
                 h = w + rate * h
-            tl.store(here, h.to(OUT), mask=mask)
+            tl.store(out + out_row[:, None] + column[None, :], h.to(OUT), mask=mask)
 
 
 @triton.jit
@@ -298,6 +308,7 @@ def apply_kernel(
     OPERATION: tl.constexpr,
     WEIGHT: tl.constexpr,
     OUT: tl.constexpr,
+    GRAD: tl.constexpr,
     JOBS: tl.constexpr,
     NARROW_ROWS: tl.constexpr,
     NARROW_COLUMNS: tl.constexpr,
@@ -305,8 +316,8 @@ def apply_kernel(
     WIDE_COLUMNS: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
 ):
-    """OPERATION "delta": out <- H; "gate": out <- |H| sign(out) + (out - out); "learn": out <- W + rate H."""
-    job, block = _find_job(table, jobs, JOBS)
+    """OPERATION "delta": out <- H; "gate": out <- |H| sign(G) + (G - G); "learn": out <- W + rate H."""
+    job, block = _find_job(table, jobs, tl.program_id(0), JOBS)
     tile = _small(job, _TILE)
     if tile == _NARROW:
         _apply_rows(
@@ -318,6 +329,7 @@ def apply_kernel(
             OPERATION,
             WEIGHT,
             OUT,
+            GRAD,
             NARROW_ROWS,
             NARROW_COLUMNS,
             1,
@@ -325,7 +337,19 @@ def apply_kernel(
         )
     elif tile == _WIDE:
         _apply_rows(
-            job, block, factors, maxima, rate, OPERATION, WEIGHT, OUT, WIDE_ROWS, WIDE_COLUMNS, 1, MAX_BLOCKS
+            job,
+            block,
+            factors,
+            maxima,
+            rate,
+            OPERATION,
+            WEIGHT,
+            OUT,
+            GRAD,
+            WIDE_ROWS,
+            WIDE_COLUMNS,
+            1,
+            MAX_BLOCKS,
         )
     else:
         _apply_rows(
@@ -337,6 +361,7 @@ def apply_kernel(
             OPERATION,
             WEIGHT,
             OUT,
+            GRAD,
             WIDE_ROWS,
             WIDE_COLUMNS,
             _VECTOR,
@@ -345,19 +370,38 @@ def apply_kernel(
 
 
 @triton.jit
-def sum_splits_kernel(parts, result, splits, size, BLOCK: tl.constexpr):
+def _sum_parts(parts, mask, splits, part_size, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
+    """Sum over the splits in their order; TOGETHER loads are under way at a time, as each waits for L2."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, splits, TOGETHER):
+        for index in tl.static_range(TOGETHER):
+            total += tl.load(parts, mask=mask & (first + index < splits), other=0.0)
+            parts += part_size
+    return total
+
+
+@triton.jit
+def sum_splits_kernel(parts, result, splits, size, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
     """result[i] = sum of parts[s, i], in the order of s."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        total += tl.load(parts + index, mask=mask, other=0.0)
-        parts += size
+    total = _sum_parts(parts + index, mask, splits, size, BLOCK, TOGETHER)
     tl.store(result + index, total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["splits", "size", "part_size", "channels", "padded", "taps"])
-def sum_filters_kernel(parts, result, splits, size, part_size, channels, padded, taps, BLOCK: tl.constexpr):
+def sum_filters_kernel(
+    parts,
+    result,
+    splits,
+    size,
+    part_size,
+    channels,
+    padded,
+    taps,
+    BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
     """result[n, c, t] = sum of parts[s, n, t, c], in the order of s; of the parts' ``padded`` channels."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     columns = channels * taps
@@ -367,10 +411,7 @@ def sum_filters_kernel(parts, result, splits, size, part_size, channels, padded,
     row, column = offset // columns, offset % columns
     mask = start + tl.arange(0, BLOCK) < size
     parts += ((first + row) * taps + column % taps) * padded + column // taps
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        total += tl.load(parts, mask=mask, other=0.0)
-        parts += part_size
+    total = _sum_parts(parts, mask, splits, part_size, BLOCK, TOGETHER)
     tl.store(result + start + tl.arange(0, BLOCK), total, mask=mask)
 
 
@@ -380,7 +421,7 @@ def delta(jobs: Sequence[Job]) -> None:
 
 
 def gate_(jobs: Sequence[Job]) -> None:
-    """out <- |H| * sign(out) + (out - out) of every layer, out being the gradient."""
+    """out <- |H| * sign(G) + (G - G) of every layer, G being its ``grad``, or out itself."""
     run(jobs, functools.partial(_launch_both, "gate", 0.0))
 
 
@@ -394,31 +435,38 @@ def sum_splits(parts: Tensor) -> Tensor:
     if parts.shape[0] == 1:
         return parts[0]
     result = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
+    block, together = _sum_tile(parts.shape[0])
     launch(
         sum_splits_kernel,
-        -(-result.numel() // SUM_BLOCK),
+        -(-result.numel() // block),
         parts=parts,
         result=result,
         splits=parts.shape[0],
         size=result.numel(),
-        BLOCK=SUM_BLOCK,
+        BLOCK=block,
+        TOGETHER=together,
         warps=_WARPS,
     )
     return result
 
 
-def sum_filters(parts: Tensor, channels: int) -> Tensor:
+def sum_filters(parts: Tensor, channels: int, *, by_tap: bool = False) -> Tensor:
     """The same sum of parts (S, units, taps, C) in a weight's order, (units, channels, taps), channels <= C.
 
-    A pass over the sum of its own would read and write as much again as two splits.
+    A pass over the sum of its own would read and write as much again as two splits. ``by_tap``: the taps'
+    order of the parts stays, as in a weight in channels_last.
     """
     splits, units, taps, padded = parts.shape
+    if by_tap:
+        rows = sum_filters(parts.view(splits, units * taps, 1, padded), channels)
+        return rows.view(units, taps, channels).transpose(1, 2)
     if taps == 1 and padded == channels:
         return sum_splits(parts).view(units, channels, taps)
     result = torch.empty((units, channels, taps), dtype=torch.float32, device=parts.device)
+    block, together = _sum_tile(splits)
     launch(
         sum_filters_kernel,
-        -(-result.numel() // SUM_BLOCK),
+        -(-result.numel() // block),
         parts=parts,
         result=result,
         splits=splits,
@@ -427,10 +475,15 @@ def sum_filters(parts: Tensor, channels: int) -> Tensor:
         channels=channels,
         padded=padded,
         taps=taps,
-        BLOCK=SUM_BLOCK,
+        BLOCK=block,
+        TOGETHER=together,
         warps=_WARPS,
     )
     return result
+
+
+def _sum_tile(splits: int) -> tuple[int, int]:
+    return SUM_OF_MANY if splits >= MANY_SPLITS else SUM_OF_FEW
 
 
 def tile_of(columns: int, aligned: bool) -> tuple[int, int]:
@@ -475,6 +528,7 @@ def _launch_both(operation: str, rate: float, jobs: list[Job]) -> None:
         rate=rate,
         OPERATION=operation,
         OUT=_DTYPES[jobs[0].out.dtype],
+        GRAD=_DTYPES[jobs[0].signs.dtype],
         MAX_BLOCKS=MAX_BLOCKS,
         warps=_WARPS,
     )
@@ -484,8 +538,9 @@ def _fields(job: Job, first_row: int) -> Fields:
     rows = job.out.shape[0]
     columns = job.out.numel() // rows
     # the stride of a single row is never used, and may be anything
-    strides = [t.stride(0) if rows > 1 else columns for t in (job.A, job.weight, job.out)]
-    addresses = [job.A.data_ptr(), job.weight.data_ptr(), job.out.data_ptr()]
+    matrices = job.A, job.weight, job.out, job.signs
+    strides = [t.stride(0) if rows > 1 else columns for t in matrices]
+    addresses = [t.data_ptr() for t in matrices]
     step = math.gcd(columns, *strides)
     aligned = step % _VECTOR.value == 0 and all(address % 16 == 0 for address in addresses)
     tile, tile_rows = tile_of(columns, aligned)
@@ -498,6 +553,8 @@ def _fields(job: Job, first_row: int) -> Fields:
         weight_stride=strides[1],
         out=addresses[2],
         out_stride=strides[2],
+        grad=addresses[3],
+        grad_stride=strides[3],
         row_decay=moments,
         positions=moments + 4 * (job.moments.numel() - 1),
         rows=rows,

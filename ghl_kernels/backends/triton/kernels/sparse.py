@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ghl_kernels.backends import eager
-from ghl_kernels.backends.gpu.layout import Patches, is_long, magic
+from ghl_kernels.backends.gpu.layout import Patches, is_long, magic, new_sum
 from ghl_kernels.backends.gpu.memory import WORKSPACE_BYTES, workspace
 from ghl_kernels.backends.triton.arch import of as arch_of
 from ghl_kernels.backends.triton.kernels.patch import GEOMETRY, divide, locate, split_tap
@@ -24,14 +24,58 @@ from ghl_kernels.backends.triton.launch import launch
 ENTRIES = 16  # of a segment, gathered at a time
 COLUMNS = 128  # of a patch, per program
 SEGMENT = 256  # entries, where the workspace allows it
+SEARCHED = 128  # units, or segments, that a program looks up at a time
+TOGETHER = 8  # segments of a unit whose sums are loaded at a time, as each load waits for L2
+SCANNED = 1024  # units whose segments a program counts at a time
 _WARPS = 4
+_INT16 = torch.iinfo(torch.int16).max
 
 # Compiling a kernel for each of their values would gain nothing.
 _PLAIN = [
     *GEOMETRY,
     *("units", "units_per_group", "winners", "winners_magic", "channels", "taps", "column_blocks", "length"),
     *(f"x_stride_{axis}" for axis in "bdhw"),
+    *("A_stride_c", "A_stride_tap"),
 ]
+
+
+@triton.jit(do_not_specialize=["units", "entries", "steps"])
+def starts_kernel(sorted_units, starts, units, entries, steps, BLOCK: tl.constexpr):
+    """starts[n] = how many entries belong to units below n, for n up to ``units``."""
+    unit = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros((BLOCK,), tl.int64)
+    high = low + entries
+    for _ in range(steps):
+        middle = (low + high) // 2
+        is_below = tl.load(sorted_units + middle, mask=low < high, other=0).to(tl.int64) < unit
+        low, high = tl.where((low < high) & is_below, middle + 1, low), tl.where(is_below, high, middle)
+    tl.store(starts + unit, low, mask=unit <= units)
+
+
+@triton.jit(do_not_specialize=["units", "length"])
+def ends_kernel(starts, ends, units, length, BLOCK: tl.constexpr):
+    """ends[n] = how many segments the units up to n have; by one program."""
+    before = tl.zeros((), tl.int64)
+    for begin in range(0, units, BLOCK):
+        unit = begin + tl.arange(0, BLOCK)
+        mask = unit < units
+        first = tl.load(starts + unit, mask=mask, other=0)
+        count = tl.cdiv(tl.load(starts + unit + 1, mask=mask, other=0) - first, length)
+        tl.store(ends + unit, before + tl.cumsum(count, 0), mask=mask)
+        before += tl.sum(count, 0)
+
+
+@triton.jit(do_not_specialize=["units", "segments", "steps"])
+def owners_kernel(ends, owner, units, segments, steps, BLOCK: tl.constexpr):
+    """owner[s] = the unit of segment s; ``units`` from the last unit's last one on."""
+    segment = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros((BLOCK,), tl.int64)
+    high = low + units
+    for _ in range(steps):
+        middle = (low + high) // 2
+        is_past = tl.load(ends + middle, mask=low < high, other=0) <= segment
+        low, high = tl.where((low < high) & is_past, middle + 1, low), tl.where(is_past, high, middle)
+    tl.store(owner + segment, low, mask=segment < segments)
 
 
 @triton.jit
@@ -68,6 +112,8 @@ def gather_kernel(
     owner,
     ends,
     A,
+    A_stride_c,
+    A_stride_tap,
     sums,
     partial_A,
     partial_sums,
@@ -187,7 +233,8 @@ def gather_kernel(
     row_sum = tl.sum(row, 0)
     if segments == 1:
         bad = _bad_position(sorted_units)
-        tl.store(A + (unit * channels + channel) * taps + tap, row_sum + bad, mask=in_columns)
+        target = A + unit * channels * taps + channel * A_stride_c + tap * A_stride_tap
+        tl.store(target, row_sum + bad, mask=in_columns)
         if (sums is not None) and block == 0:
             tl.store(sums + unit, tl.sum(total, 0) + bad)
     else:
@@ -202,6 +249,8 @@ def combine_kernel(
     sorted_units,
     starts,
     A,
+    A_stride_c,
+    A_stride_tap,
     sums,
     partial_A,
     partial_sums,
@@ -210,6 +259,7 @@ def combine_kernel(
     column_blocks,
     length,
     COLUMNS: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     """The segments of one unit added in their order, for one block of columns; 0 for a unit without any."""
     program = tl.program_id(0).to(tl.int64)
@@ -221,16 +271,53 @@ def combine_kernel(
     columns = taps * channels
     row = tl.zeros((COLUMNS,), tl.float32)
     total = 0.0
-    for segment in range(segments):
-        slot = _slot(first, segment, segments, length)
-        row += tl.load(partial_A + slot * columns + column, mask=column < columns, other=0.0)
-        if sums is not None:
-            total += tl.load(partial_sums + slot)
+    for begin in range(0, segments, TOGETHER):
+        for index in tl.static_range(TOGETHER):
+            segment = begin + index
+            slot = _slot(first, segment, segments, length)
+            mask = (column < columns) & (segment < segments)
+            row += tl.load(partial_A + slot * columns + column, mask=mask, other=0.0)
+            if sums is not None:
+                total += tl.load(partial_sums + slot, mask=segment < segments, other=0.0)
     bad = _bad_position(sorted_units)
     tap, channel = column // channels, column % channels
-    tl.store(A + (unit * channels + channel) * taps + tap, row + bad, mask=column < columns)
+    target = A + unit * columns + channel * A_stride_c + tap * A_stride_tap
+    tl.store(target, row + bad, mask=column < columns)
     if (sums is not None) and block == 0:
         tl.store(sums + unit, total + bad)
+
+
+def _segments(sorted_units: Tensor, units: int, segments: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the three first kernels find: starts (units + 1,), ends (units,), owner (segments,)."""
+    entries = sorted_units.numel()
+    starts, ends, owner = (
+        torch.empty(size, dtype=torch.int64, device=sorted_units.device)
+        for size in (units + 1, units, segments)
+    )
+    launch(
+        starts_kernel,
+        triton.cdiv(units + 1, SEARCHED),
+        sorted_units=sorted_units,
+        starts=starts,
+        units=units,
+        entries=entries,
+        steps=entries.bit_length(),
+        BLOCK=SEARCHED,
+        warps=_WARPS,
+    )
+    launch(ends_kernel, 1, starts=starts, ends=ends, units=units, length=length, BLOCK=SCANNED, warps=_WARPS)
+    launch(
+        owners_kernel,
+        triton.cdiv(segments, SEARCHED),
+        ends=ends,
+        owner=owner,
+        units=units,
+        segments=segments,
+        steps=units.bit_length(),
+        BLOCK=SEARCHED,
+        warps=_WARPS,
+    )
+    return starts, ends, owner
 
 
 def segment_length(entries: int, columns: int) -> int:
@@ -262,7 +349,7 @@ def correlate(
 
     ``unit`` (P, k) int32 and ``activity`` (P, k) float32 are the winners' lists; a unit sees the channels of
     its group. A first unit of -1 marks a position whose u is NaN, and makes everything NaN, as in a dense
-    product. Both results are float32 and contiguous; the second is None unless ``sum_activity``.
+    product. Both results are float32; the second is None unless ``sum_activity``.
 
     Raises:
         torch.OutOfMemoryError: no memory for the workspace, with its size.
@@ -273,13 +360,12 @@ def correlate(
         _, moments = eager.linear_winner_sums(activity[:, :1], unit, activity, units, "instar")
         return activity.new_zeros(shape), moments[:-1] if sum_activity else None
     length = segment_length(entries, columns)
-    sorted_units, order = unit.reshape(-1).sort(stable=True)
-    starts = torch.searchsorted(sorted_units, torch.arange(units + 1, dtype=torch.int32, device=device))
-    ends = starts.diff().add_(length - 1).div_(length, rounding_mode="floor").cumsum(0)
+    # a radix sort takes a pass for every byte of its keys
+    keys = unit.to(torch.int16) if units <= _INT16 else unit
+    sorted_units, order = keys.reshape(-1).sort(stable=True)
     segments = units + entries // length
-    owner = torch.searchsorted(ends, torch.arange(segments, device=device), right=True)
-
-    A = torch.empty(shape, dtype=torch.float32, device=device)
+    starts, ends, owner = _segments(sorted_units, units, segments, length)
+    A = new_sum(x, units, x.channels)
     sums = torch.empty(units, dtype=torch.float32, device=device) if sum_activity else None
     rows = workspace_rows(entries, length)
     purpose = f"the segments of {units} units of {columns} inputs with {entries} winners"
@@ -289,6 +375,8 @@ def correlate(
         "sorted_units": sorted_units,
         "starts": starts,
         "A": A,
+        "A_stride_c": A.stride(1),
+        "A_stride_tap": A.stride(2),
         "sums": sums,
         "partial_A": workspace((rows, columns), device, purpose),
         "partial_sums": workspace((rows,), device, purpose),
@@ -327,5 +415,6 @@ def correlate(
         channels=x.channels,
         column_blocks=combine_blocks,
         COLUMNS=COLUMNS,
+        TOGETHER=TOGETHER,
     )
     return A, sums
