@@ -22,6 +22,7 @@ def forced(form: str) -> Iterator[None]:
     with (
         bypassed(),
         mock.patch.object(correlate, "correlate", functools.partial(real, form=form)),
+        _few_columns(form),
         mock.patch.object(correlate, "prefers_library", return_value=False),
     ):
         yield
@@ -35,5 +36,15 @@ def sound() -> Iterator[None]:
     def choose(*args: Any, **options: Any) -> Any:
         return real(*args, **(options | {"form": form}))
 
-    with mock.patch.object(correlate, "correlate", choose) if form else contextlib.nullcontext():
+    if not form:
         yield
+        return
+    with mock.patch.object(correlate, "correlate", choose), _few_columns(form):
+        yield
+
+
+def _few_columns(form: str) -> contextlib.AbstractContextManager[Any]:
+    """The other forms get an input of few channels as they would if there were none for it: padded."""
+    if form in ("automatic", "narrow"):
+        return contextlib.nullcontext()
+    return mock.patch.object(correlate, "takes_few_columns", return_value=False)

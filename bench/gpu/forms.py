@@ -3,8 +3,8 @@
 A form has a process of its own, for a trap or a hang takes everything with it. One that does not work is
 listed under "broken"; tools/gpu_check lets no later stage use it. The form for sm_90 runs on the build whose
 waits end (debug_waits.py), where that is there. Cases, inputs and expected sums are those
-of tests/cuda_backend/test_sm90_kernel.py; float32, which the form for sm_90 refuses, is multiplied in one
-pass of tf32 and in three.
+of tests/cuda_backend/test_sm90_kernel.py, the form for few columns has layers of its own; float32, which only
+the form for sm_80 takes, is multiplied in one pass of tf32 and in three.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ghl_kernels.backends.gpu.layout import patches, responses
 from ghl_kernels.backends.gpu.state import State
 from ghl_kernels.rule import Competition
 
-FORMS = ("mma", "wgmma")
+FORMS = ("mma", "narrow", "wgmma")
 ACTIVITIES = ("softmax", "linear", "relu", "binary")  # by the cases' numbers
 FEW = ("image", "winners and anti", "3-d", "A alone", "G alone")  # under a memory checker
 FEWEST = ("one of everything", "image")  # in a dry run
@@ -50,7 +50,7 @@ def run(this: Stage) -> None:
         this.absent("forms", "the cases are those of tests, which need pytest")
         return
     hopper = not this.dry and torch.cuda.get_device_capability() == (9, 0)
-    for form in FORMS if hopper else FORMS[:1]:
+    for form in FORMS if hopper else FORMS[:-1]:
         with this.share(1.0 if form == FORMS[-1] else 0.5):
             _apart(this, form)
 
@@ -116,6 +116,9 @@ def _tests() -> ModuleType:
 
 
 def _cases(this: Stage, form: str, tests: ModuleType) -> list[tuple[str, Any]]:
+    if form == "narrow":
+        few = _few_columns(tests)
+        return list(few.items())[: 2 if this.dry else 5 if this.small else None]
     names = FEWEST if this.dry else FEW if this.small else tuple(tests.CASES)
     cases = {name: tests.CASES[name] for name in names if not tests.CASES[name].channels_last_result}
     if form == "mma":
@@ -125,6 +128,30 @@ def _cases(this: Stage, form: str, tests: ModuleType) -> list[tuple[str, Any]]:
             for tf32 in ("", " as tf32")
         }
     return list(cases.items())
+
+
+def _few_columns(tests: ModuleType) -> dict[str, Any]:
+    """First layers of networks, from the simplest on."""
+    image = tests.Case(3, 3, 96, size=(1, 13, 11), kernel=(1, 5, 5), padding=(0, 2, 2))
+    change = functools.partial(dataclasses.replace, image)
+    return {
+        "one channel and one unit": tests.Case(2, 1, 1, size=(1, 4, 5), kernel=(1, 3, 3)),
+        "image": image,
+        "winners and anti": change(winners=4, anti=True),
+        "A alone": change(wants="a"),
+        "G alone": change(wants="g"),
+        "half": change(dtype=torch.float16, batch=40),
+        "ResNet": change(units=64, kernel=(1, 7, 7), padding=(0, 3, 3), stride=(1, 2, 2), size=(1, 61, 60)),
+        "3 x 3": change(units=64, kernel=(1, 3, 3), padding=(0, 1, 1), batch=90),
+        "16 units": change(units=16, kernel=(1, 3, 3), padding=(0, 1, 1)),
+        "most units and columns": change(units=128, channels=4, kernel=(1, 5, 8), padding=(0, 2, 4)),
+        "dilation": change(units=37, kernel=(1, 3, 2), dilation=(1, 2, 3), padding=(0, 2, 0)),
+        "1-d": change(units=30, channels=2, size=(1, 1, 300), kernel=(1, 1, 20), padding=(0, 0, 10)),
+        "3-d": change(units=65, channels=2, size=(4, 5, 6), kernel=(2, 3, 2), padding=(1, 1, 0)),
+        "temperature": change(temperature=0.3),
+        "relu": change(activity=tests.RELU),
+        "binary": change(activity=tests.BINARY, winners=7),
+    }
 
 
 def _check(this: Stage, tests: ModuleType, form: str, name: str, case: Any) -> None:
@@ -166,17 +193,15 @@ def _run(device: torch.device, case: Any, made: Any, form: str) -> tuple[Tensor 
         for name, tensor in (("a", made.u), ("g", made.grad))
     )
     fields = (getattr(made, name) for name in State._fields)
-    state = State(*(None if field is None else field.to(device) for field in fields))
+    state: State | None = State(*(None if field is None else field.to(device) for field in fields))
     competition = Competition(ACTIVITIES[case.activity], case.winners, case.temperature, case.anti)
-    return correlate.correlate(
-        patches(_moved(made.x, device).movedim(-1, 1), geometry),
-        u,
-        grad,
-        state if u is not None else None,
-        competition,
-        channels=case.result_channels or case.channels,
-        form=form,
-    )
+    x = patches(_moved(made.x, device).movedim(-1, 1), geometry)
+    channels = case.result_channels or case.channels
+    # A alone has it given
+    if u is not None and grad is not None and form == "narrow":
+        state = None if correlate.makes_state(x, u, grad, competition, channels, form) else state
+    given = state if u is not None else None
+    return correlate.correlate(x, u, grad, given, competition, channels=channels, form=form)
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

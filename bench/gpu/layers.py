@@ -63,6 +63,7 @@ class Layer(NamedTuple):
 
 
 LAYERS = (
+    Layer("DeepHebb conv1", 512, 3, 96, 32, 5),
     Layer("ResNet-50 64-256 k1", 128, 64, 256, 56, 1),
     Layer("DeepHebb conv2", 512, 96, 384, 16, 3),
     Layer("DeepHebb conv3", 512, 384, 1536, 8, 3),

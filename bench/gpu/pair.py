@@ -30,6 +30,7 @@ RULES = {"softmax": ghl.HebbianRule.ghl(), "k-WTA 2%": ghl.HebbianRule.kwta(0.02
 # Of every entry relative to the largest, and of all by their norm; the parity stage is the judge.
 TOLERANCE = 1e-2
 DTYPE = torch.bfloat16
+FEW_CHANNELS = 4  # of a layer that the CUDA backend has a form of the kernel for
 PRODUCTS = ("pair", "A")
 AUTO = "auto"
 _CLOSE = 1.1  # times the fastest's time: those that auto is timed beside
@@ -128,7 +129,7 @@ def _call(job: Job, tensors: list[Tensors]) -> Run:
     kind, raw = "linear", ()
     if job.layer.size:
         g = job.layer.geometry
-        kind, raw = "conv", (g.kernel_size, g.stride, g.padding, g.dilation, g.groups)
+        kind, raw = "conv", g._replace(by_tap=True)  # as for a weight in channels_last
     arguments = (*raw, *job.rule.competition(job.layer.units), job.rule.decay)
     pair, sums = (getattr(torch.ops.ghl, f"{kind}_{product}") for product in ("pair", "sums"))
     if job.product == "pair":
@@ -145,7 +146,10 @@ def _ours(this: Stage, job: Job, call: Run, problem: config.Problem | None) -> d
         found[name] = within(call, kernel, functools.partial(tiles.forced, tile))
     if "cuda" in available_kernels(this):
         backend = functools.partial(ghl.use_backend, "cuda")
-        for name, form in (("cuda", "automatic"), ("cuda mma", "mma")):
+        forms = {"cuda": "automatic", "cuda mma": "mma"}
+        if job.layer.size and job.layer.channels <= FEW_CHANNELS:
+            forms["cuda narrow"] = "narrow"
+        for name, form in forms.items():
             found[name] = within(call, backend, functools.partial(cuda_form.forced, form))
     if not job.layer.size:
         found["triton library path"] = within(call, functools.partial(tiles.library, True))

@@ -62,7 +62,7 @@ class Layer(NamedTuple):
         if not self.size:
             return ()
         g = make_geometry(self.kernel, self.stride, self.padding, self.dilation, self.groups)[1]
-        return g.kernel_size, g.stride, g.padding, g.dilation, g.groups
+        return tuple(g._replace(by_tap=self.layout == "channels_last"))
 
 
 LAYERS = (

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity
 
 STEPS = 3
 _LONGEST = 160  # characters of a kernel's name
-_MOST = 40  # kernels of a step that get a row of their own
+_MOST = 100  # kernels of a step that get a row of their own
 
 
 def kernels(run: Callable[[int], object], device: torch.device) -> list[dict[str, Any]]:

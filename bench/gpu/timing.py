@@ -74,6 +74,7 @@ def time_all(
     device: torch.device,
     rounds: int = 15,
     capture: bool = True,
+    sample: float = _SAMPLE,
 ) -> dict[str, Timed]:
     """Time every candidate on every set; one that raises is reported and the others go on.
 
@@ -83,6 +84,7 @@ def time_all(
         device: a CPU makes it a dry run.
         rounds: timed samples of each candidate.
         capture: replay a CUDA graph; without, every run is launched call by call.
+        sample: seconds that a timed sample should last at least; its runs follow one another without a wait.
     """
     if device.type == "cpu":
         return {name: _wall_clock(run, sets) for name, run in candidates.items()}
@@ -90,7 +92,7 @@ def time_all(
     ready: dict[str, _Replay] = {}
     for name, run in candidates.items():
         try:
-            ready[name] = _Replay(run, sets, capture)
+            ready[name] = _Replay(run, sets, capture, sample)
         except Exception as error:  # an unsupported rival is a finding, not the end
             torch.cuda.synchronize()
             problems[name] = Timed(None, problem=f"{type(error).__name__}: {str(error).strip()[:300]}")
@@ -102,7 +104,7 @@ def time_all(
 class _Replay:
     """A candidate made ready: warmed up, captured where it can be, and its run counted into a sample."""
 
-    def __init__(self, run: Callable[[int], object], sets: int, capture: bool) -> None:
+    def __init__(self, run: Callable[[int], object], sets: int, capture: bool, sample: float) -> None:
         self.sets = sets
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -116,7 +118,7 @@ class _Replay:
             self._capture(run)
         self.replays = 1
         once = self.sample()
-        self.replays = max(1, min(200, round(_SAMPLE / max(once * sets, 1e-6))))
+        self.replays = max(1, min(200, round(sample / max(once * sets, 1e-6))))
 
     def _capture(self, run: Callable[[int], object]) -> None:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()

@@ -22,7 +22,7 @@ SELECTIONS = {
     "channels_last": "512x384x16x16 nhwc k=8 bf16",
     "NCHW": "512x384x16x16 nchw k=8 bf16",
 }
-SOFTMAX, FEW = "GHL softmax, compiled", "GHL winners=0.004, compiled"
+SOFTMAX, FEW = "GHL softmax, sums_at=backward, compiled", "GHL winners=0.004, compiled"
 BACKPROP = "backprop, compiled"
 
 

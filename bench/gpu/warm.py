@@ -53,10 +53,10 @@ def run(this: Stage) -> None:
 
 def _calls(this: Stage) -> dict[str, Calls]:
     """By stage; what few kernels decide much comes first."""
-    modules = {"pair": pair, "kwta": kwta, "parity": parity, "races": races, "steps": steps}
+    modules = {"pair": pair, "kwta": kwta, "races": races, "steps": steps, "scaling": scaling}
     return {
         name: lambda module=module: module.calls(this.device, this.dry)
-        for name, module in (modules | {"scaling": scaling}).items()
+        for name, module in (modules | {"parity": parity}).items()
         if _is_wanted(this, name)
     }
 
