@@ -40,14 +40,15 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     # What is changed in place may have any strides. A compiler that holds it to those of its plan copies it
     # into itself, and fails (Inductor, torch 2.13, the gradient of a 1 x 1 convolution).
     _LIB.define(schema, tags=(torch.Tag.flexible_layout,) if "!" in schema else ())
-    makes_only = "!" not in schema and name not in ("delta", "gate")  # whose kernels are told addresses
+    # gate_ allocates all that it needs before it writes, so that it can be begun again without memory
+    is_taped = "!" not in schema or name == "gate_"
 
     def register(body: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(body)
         def implementation(first: Tensor | list[Tensor], *args: Any) -> Any:
             tensor = first if isinstance(first, Tensor) else first[0]
             device = tensor.device
-            settings = _dispatch.tape_settings(device, tensor.dtype) if makes_only else None
+            settings = _dispatch.tape_settings(device, tensor.dtype) if is_taped else None
             with torch.no_grad():
                 # the sums are float32 by definition; autocast would run their products in 16 bits. Only its
                 # switch is turned: the context manager costs as much as some of the operations

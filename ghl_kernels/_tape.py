@@ -67,7 +67,7 @@ class Tape:
                 slots[slot] = None  # memory is free for the next step, as in the operation itself
             del arguments, made
         found = [slots[slot] for slot in self._result]
-        return tuple(found) if self._is_tuple else found[0]
+        return tuple(found) if self._is_tuple else found[0] if found else None
 
 
 class _Recorder(TorchDispatchMode):
@@ -120,8 +120,9 @@ class _Recorder(TorchDispatchMode):
     def tape(self, result: Any) -> Tape | None:
         """What was noted; None where it could not be repeated."""
         is_tuple = isinstance(result, tuple)
-        slots = [self._slot_of.get(tensor, -1) for tensor in (result if is_tuple else (result,))]
-        if self.refused or min(slots) < self._inputs:
+        results = result if is_tuple else () if result is None else (result,)
+        slots = [self._slot_of.get(tensor, -1) for tensor in results]
+        if self.refused or min(slots, default=self._inputs) < self._inputs:
             return None
         seen = set(slots)
         for step in reversed(self._steps):
@@ -176,7 +177,8 @@ def run(name: str, settings: Any, body: Callable[..., Any], arguments: tuple[Any
     Args:
         name: the operation.
         settings: what its choices depend on besides the arguments, hashable.
-        body: a function that returns a new tensor or a tuple of them, and changes none.
+        body: a function that returns a new tensor or a tuple of them, and changes none; or that returns
+            nothing and changes its arguments, once it has allocated all that it needs.
         arguments: tensors, numbers, strings and lists of numbers.
     """
     if _bypasses or _thread.recorder is not None:

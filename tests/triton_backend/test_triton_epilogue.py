@@ -241,13 +241,19 @@ def test_empty_layers_and_empty_lists() -> None:
 
 
 def test_table_is_made_again_only_when_something_moved() -> None:
-    job = random_job("gate", (4, 4))
-    run("gate", [job])
+    job, other = (random_job("gate", (4, 4)) for _ in range(2))
+    run("gate", [job, other])
     before = epilogue._upload.cache_info()
-    run("gate", [job])
+    run("gate", [job, other])
     assert epilogue._upload.cache_info().hits == before.hits + 1
-    run("gate", [job._replace(out=job.out.clone())])
+    run("gate", [job, other._replace(out=other.out.clone())])
     assert epilogue._upload.cache_info().misses == before.misses + 1
+
+
+def test_the_table_of_a_single_layer_is_made_on_the_device() -> None:
+    before = epilogue._upload.cache_info()
+    run("gate", [random_job("gate", (4, 4))])
+    assert epilogue._upload.cache_info() == before
 
 
 def test_the_device_of_the_tensors_is_asked_whether_it_captures(monkeypatch: pytest.MonkeyPatch) -> None:

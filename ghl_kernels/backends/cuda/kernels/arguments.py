@@ -20,15 +20,17 @@ ACTIVITY = {"softmax": 0, "linear": 1, "relu": 2, "binary": 3}
 
 def queue(function: Callable[..., None], **arguments: Any) -> None:
     """Queue a kernel on the current stream of its tensors, which are its arguments in place of addresses."""
-    values = tuple(arguments.values())
-    start = functools.partial(_queue, function, tuple(arguments))
-    start(*values)
-    _tape.note(start, values)
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    others = addresses({name: value for name, value in arguments.items() if name not in tensors})
+    # a tape repeats it with tensors alone
+    start = functools.partial(_queue, functools.partial(function, **others), tuple(tensors))
+    start(*tensors.values())
+    _tape.note(start, tuple(tensors.values()))
 
 
-def _queue(function: Callable[..., None], names: tuple[str, ...], *values: Any) -> None:
-    somewhere = next(value for value in values if isinstance(value, Tensor))
-    function(**addresses(dict(zip(names, values, strict=True))), **place_of(somewhere))
+def _queue(function: Callable[..., None], names: tuple[str, ...], *tensors: Tensor) -> None:
+    places = {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
+    function(**places, **place_of(tensors[0]))
 
 
 def addresses(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +52,8 @@ def place_of(tensor: Tensor) -> dict[str, int]:
     if tensor.device.type != "cuda":
         return {"device": 0, "stream": 0}
     index = tensor.device.index
-    return {"device": index, "stream": torch.cuda.current_stream(index).cuda_stream}
+    # what torch.cuda.current_stream wraps, in a tenth of its time
+    return {"device": index, "stream": torch._C._cuda_getCurrentRawStream(index)}
 
 
 def address(tensor: Tensor | None) -> int:

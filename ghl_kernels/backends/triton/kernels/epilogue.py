@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ghl_kernels import _tape
 from ghl_kernels.backends import eager
 from ghl_kernels.backends.gpu.jobs import Job, run
 from ghl_kernels.backends.gpu.memory import workspace
@@ -83,6 +84,55 @@ _ROW_DECAY, _POSITIONS = _field("row_decay"), _field("positions")
 _ROWS, _COLUMNS, _ROWS_PER_BLOCK = _field("rows"), _field("columns"), _field("rows_per_block")
 _BLOCKS, _FIRST_ROW, _TILE = _field("blocks"), _field("first_row"), _field("tile")
 _DECAY, _NORMALIZE = _field("decay"), _field("normalize")
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("A_stride", "weight_stride", "out_stride", "grad_stride", "last_moment"),
+        *("rows", "columns", "rows_per_block", "programs", "tile", "decay", "normalize"),
+    ]
+)
+def describe_kernel(
+    table,
+    A,
+    A_stride,
+    weight,
+    weight_stride,
+    out,
+    out_stride,
+    grad,
+    grad_stride,
+    moments,
+    last_moment,
+    rows,
+    columns,
+    rows_per_block,
+    programs,
+    tile,
+    decay,
+    normalize,
+):
+    """The table of a single layer, whose addresses the host need not know."""
+    tl.store(table, 0)
+    job = table + 1
+    tl.store(job + _A, A.to(tl.int64))
+    tl.store(job + _A + 1, A_stride)
+    tl.store(job + _WEIGHT, weight.to(tl.int64))
+    tl.store(job + _WEIGHT + 1, weight_stride)
+    tl.store(job + _OUT, out.to(tl.int64))
+    tl.store(job + _OUT + 1, out_stride)
+    tl.store(job + _GRAD, grad.to(tl.int64))
+    tl.store(job + _GRAD + 1, grad_stride)
+    tl.store(job + _ROW_DECAY, moments.to(tl.int64))
+    tl.store(job + _POSITIONS, (moments + last_moment).to(tl.int64))
+    tl.store(job + _ROWS, rows)
+    tl.store(job + _COLUMNS, columns)
+    tl.store(job + _ROWS_PER_BLOCK, rows_per_block)
+    tl.store(job + _BLOCKS, programs)
+    tl.store(job + _FIRST_ROW, 0)
+    tl.store(job + _TILE, tile)
+    tl.store(job + _DECAY, decay)
+    tl.store(job + _NORMALIZE, normalize)
 
 
 @triton.jit
@@ -508,8 +558,12 @@ def _launch_both(operation: str, rate: float, jobs: list[Job]) -> None:
         blocks += fields[-1].blocks
         rows += fields[-1].rows
     factors, maxima = workspace((2, rows), device, f"the epilogue of {rows} units")
+    if len(jobs) == 1:
+        table = _described(jobs[0], fields[0])
+    else:
+        table = _on_device([*starts, *(value for job in fields for value in job)], device)
     shared: dict[str, Any] = {
-        "table": _on_device([*starts, *(value for job in fields for value in job)], device),
+        "table": table,
         "jobs": len(jobs),
         "factors": factors,
         "maxima": maxima,
@@ -532,6 +586,35 @@ def _launch_both(operation: str, rate: float, jobs: list[Job]) -> None:
         MAX_BLOCKS=MAX_BLOCKS,
         warps=_WARPS,
     )
+    if len(jobs) == 1:
+        job = jobs[0]
+        _tape.note(_keep, (job.A, job.weight, job.out, job.signs, job.moments))
+
+
+def _keep(*_: Tensor) -> None:
+    """What the table names is read until here, though no launch is given it."""
+
+
+def _described(job: Job, fields: Fields) -> Tensor:
+    """The table of a single layer, made on the device: nothing is copied there, and a tape can repeat it."""
+    table = torch.empty(1 + len(fields), dtype=torch.int64, device=job.out.device)
+    strides = ("A_stride", "weight_stride", "out_stride", "grad_stride")
+    sizes = ("rows", "columns", "rows_per_block", "tile", "decay", "normalize")
+    launch(
+        describe_kernel,
+        1,
+        table=table,
+        A=job.A,
+        weight=job.weight,
+        out=job.out,
+        grad=job.signs,
+        moments=job.moments,
+        last_moment=job.moments.numel() - 1,
+        programs=fields.blocks,
+        **{name: getattr(fields, name) for name in (*strides, *sizes)},
+        warps=1,
+    )
+    return table
 
 
 def _fields(job: Job, first_row: int) -> Fields:
