@@ -20,8 +20,9 @@ from bench.report import Row
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 _STAGES = ("environment", "pair", "kwta", "races", "steps", "scaling")  # of tools/gpu_check
+_YARDSTICK = "copy"  # that selections are timed beside, and no rival
 # What runs where nothing is chosen, by stage; competitions are the CUDA kernels' where they are built.
-_DEFAULTS = {"pair": "ghl auto", "kwta": "ghl cuda", "steps": "GHL softmax, compiled"}
+_DEFAULTS = {"pair": "ghl auto", "kwta": "ghl cuda", "steps": "GHL softmax, sums_at=backward"}
 
 
 def documents(folder: pathlib.Path = RESULTS) -> list[Measured]:
@@ -55,6 +56,7 @@ def _stages(folder: pathlib.Path) -> Measured | None:
         _stage_row(name, row)
         for name in ("pair", "kwta", "steps")
         for row in results.get(name, {}).get(name, [])
+        if row.get("what") != _YARDSTICK
     ]
     classes = (*(name for name, *_ in intensity.CLASSES), intensity.NO_PRODUCTS)
     for name, sections in (("races", classes), ("scaling", ("rows",))):

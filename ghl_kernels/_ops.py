@@ -442,6 +442,7 @@ def _gate_(
     _guard_gate(grad, A, moments, weight, groups, decay, normalize)
     _dispatch.select(weight.device, weight.dtype).gate_(grad, A, moments, weight, groups, decay, normalize)
     torch.autograd.graph.increment_version(grad)
+    _tape.note(torch.autograd.graph.increment_version, (grad,))
 
 
 @_fake("gate_")

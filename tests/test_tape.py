@@ -89,9 +89,10 @@ def test_a_gate_in_place_is_taped_too(taping: None, poison: None, tapes: dict[An
     for arguments in samples("gate_", torch.float32)[::2]:
         ops.gate_(*arguments)
         others = tuple(map(_other_values, arguments))
-        count, expected = len(tapes), others[0].clone()
+        count, expected, version = len(tapes), others[0].clone(), others[0]._version
         played = ops.gate_(*others)
         assert played is None
+        assert others[0]._version > version
         assert len(tapes) == count
         with _tape.bypassed():
             ops.gate_(expected, *others[1:])

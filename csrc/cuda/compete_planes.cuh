@@ -335,7 +335,8 @@ constexpr int kTilesOf512 = 4;
 constexpr int kTilesOf512 = 5;
 #endif
 template <int kElements, bool kStateOnly>
-constexpr int kTileBlocks = kElements > 16                  ? 2 + kStateOnly
+constexpr int kTileBlocks = kElements == 48                 ? 2 - kIsBlackwell
+                            : kElements > 16                ? 2 + kStateOnly
                             : kStateOnly && kElements == 16 ? kTilesOf512
                                                             : 4 + kStateOnly;
 

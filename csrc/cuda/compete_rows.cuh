@@ -178,13 +178,7 @@ __device__ __forceinline__ void write_winning_words(const Row& row, const Positi
   }
 }
 
-// Blocks of a multiprocessor at once: so many that the registers of a row leave room for. Compiled for sm_100
-// most kernels that do more than the state need some more of them.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr bool kIsBlackwell = true;
-#else
-constexpr bool kIsBlackwell = false;
-#endif
+// Blocks of a multiprocessor at once: so many that the registers of a row leave room for.
 template <class T, int kElements, bool kStateOnly>
 constexpr int kRowBlocks = sizeof(T) == 4    ? (kElements == 16 ? 3 : 2)
                            : kElements == 48 ? 2 - (kIsBlackwell && !kStateOnly)

@@ -4,6 +4,13 @@
 #include "cuda/compete.cuh"
 
 namespace ghl {
+
+// Compiled for sm_100 most kernels that do more than the state need some more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kIsBlackwell = true;
+#else
+constexpr bool kIsBlackwell = false;
+#endif
 namespace {
 
 template <class T>

@@ -51,6 +51,7 @@ bool runs_on(int device) {
   bool runs = false;
   answers.get(device, runs, [&](bool& it_does) {
     const DeviceGuard guard(device);
+    // one kernel speaks for all: they are compiled together
     it_does = guard.error() == cudaSuccess && encoders().tiled && encoders().im2col &&
               has_body(kernel_of(DType::bf16, kTileShapes[0]));
     return cudaSuccess;

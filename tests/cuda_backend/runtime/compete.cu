@@ -14,7 +14,9 @@ ghl::Status runs(const char* which) {
 
 namespace ghl {
 
-// In place of those with kernels.
+// In place of those with kernels. What the first of them takes lies beside its kernels.
+bool takes_few(const CompeteParams& params) { return params.units <= 128; }
+Status launch_few(const CompeteArgs&, const DeviceInfo&, Stream) { return runs("few"); }
 Status launch_short(const CompeteArgs&, const DeviceInfo&, Stream) { return runs("short"); }
 Status launch_wide(const CompeteArgs&, const DeviceInfo&, Stream) { return runs("wide"); }
 Status launch_long(const CompeteArgs&, const DeviceInfo&, Stream) { return runs("long"); }
