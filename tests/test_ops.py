@@ -330,6 +330,17 @@ def test_a_gate_of_narrow_gradients(backend: str, poison: None, layout: str, dty
     torch.testing.assert_close(gated, widened, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_gate_asks_for_signs_beyond_the_weight_s_range(backend: str, poison: None) -> None:
+    weight, grad = torch.randn(6, 4).half(), torch.randn(6, 4).sign()
+    grad[::2] *= 1e-9
+    grad[1::2] *= 1e6
+    sums = _sums(weight, 1, "oja")
+    gated = ops.gate(grad, *sums, weight, 1, "oja", "layer")
+    assert torch.equal(gated.sign(), grad.sign())
+    grad[0, 0] = math.inf
+    assert ops.gate(grad, *sums, weight, 1, "oja", "layer")[0, 0].isnan()
+
+
 def _formula(
     A: Tensor,
     moments: Tensor,

@@ -429,7 +429,9 @@ template <class C, int kRowLanes, int kVectors>
 __device__ __forceinline__ void softmax_of_chunks(char* row, const char* elsewhere, int first_chunk,
                                                   int units, float scale) {
   constexpr float kLog2e = 1.4426950408889634f;
-  constexpr float kFar = 1e38f;  // where a product with log2(e) may overflow
+  // Where the rounding of a product with log2(e), which all units have in common, is more than a small
+  // factor.
+  constexpr float kFar = 1e6f;
   using Kind = typename C::Kind;
   uint4 chunks[kVectors] = {};
   uint32_t tops = Kind::kLowest << 16 | Kind::kLowest;
@@ -724,8 +726,9 @@ bool pair_narrow_takes(const PairParams& params, const DeviceInfo& info) {
                      params.result_channels <= kNarrowChannels &&
                      geometry.taps() * params.result_channels <= kNarrowColumns;
   const bool rows = (!params.a || is_in_rows(params.u)) && (!params.g || is_in_rows(params.grad));
-  return params.dtype != DType::f32 && geometry.groups == 1 && geometry.positions() > 0 && small && rows &&
-         pair_sizes_fit(params) && plan_of(params, info).shared <= info.shared_limit;
+  return (params.a || params.g) && params.dtype != DType::f32 && geometry.groups == 1 &&
+         geometry.positions() > 0 && small && rows && pair_sizes_fit(params) &&
+         plan_of(params, info).shared <= info.shared_limit;
 }
 
 int64_t pair_narrow_workspace(const PairParams& params, const DeviceInfo& info) {

@@ -142,7 +142,7 @@ def gate(
     grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
 ) -> Tensor:
     """|H| * sign(grad) + (grad - grad), of weight's dtype."""
-    gated = grad.to(weight.dtype, copy=True)
+    gated = eager.signs_in(weight.dtype, grad)
     gate_(gated, A, moments, weight, groups, decay, normalize)
     return gated
 

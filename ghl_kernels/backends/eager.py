@@ -234,9 +234,16 @@ def gate(
     grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
 ) -> Tensor:
     """|H| * sign(grad) + (grad - grad), of weight's dtype."""
-    gated = grad.to(weight.dtype, copy=True)
+    gated = signs_in(weight.dtype, grad)
     gate_(gated, A, moments, weight, groups, decay, normalize)
     return gated
+
+
+def signs_in(dtype: torch.dtype, grad: Tensor) -> Tensor:
+    """A copy of ``grad`` for a gate, which asks for signs and what is not finite: none may get lost."""
+    if torch.promote_types(grad.dtype, dtype) == dtype:
+        return grad.to(dtype, copy=True)
+    return (grad.sign() + (grad - grad)).to(dtype)
 
 
 def gate_(

@@ -18,6 +18,7 @@ from ghl_kernels import reference
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
 from ghl_kernels.backends.cuda.kernels import correlate
+from ghl_kernels.backends.cuda.kernels.arguments import addresses, place_of
 from ghl_kernels.backends.gpu.layout import patches, responses
 from ghl_kernels.backends.gpu.state import State, needs
 from ghl_kernels.rule import Competition, HebbianRule
@@ -621,12 +622,21 @@ def test_few_columns_do_not_hide_nan() -> None:
     assert torch.equal(G.isnan().any(0), bad.flatten(1))
 
 
-def test_softmax_of_large_responses() -> None:
-    """u / temperature in the range of float32, where its product with log2(e) is not."""
+@pytest.mark.parametrize("size", [1e5, 1e7, 1e9, 1e10, 1e20, 3e38])
+@pytest.mark.parametrize("lowest", [-1.0, 1.0])
+def test_softmax_of_large_responses(size: float, lowest: float) -> None:
+    """u / temperature in the range of float32, where its product with log2(e) may not be; equal ones, too."""
     x, u, _ = image(16, 3, (4, 4), DEEPHEBB, torch.bfloat16)
-    u[:] = 3e38 * torch.linspace(-1, 1, 16)[:, None, None].bfloat16()
+    u[:] = size * torch.linspace(lowest, 1, 16)[:, None, None].bfloat16()
     A, _ = sums(x, u, None, DEEPHEBB, None, SOFTMAX.competition(16), "narrow")
     assert_is(A, reference.compete(u.double(), SOFTMAX, 1), x, (16, 3, 5, 5), DEEPHEBB)
+
+
+def test_few_columns_of_no_result_are_asked_about(cuda: ModuleType) -> None:
+    x, u, _ = image(96, 3, (6, 7), DEEPHEBB, torch.bfloat16)
+    problem = patches(x, DEEPHEBB), responses(u, 1), None, SOFTMAX.competition(96), 3, "automatic"
+    asked = {**addresses(correlate._arguments(*problem)), "a": 0, "g": 0, **place_of(x)}
+    assert cuda.pair_form(**asked) != correlate.FORM["narrow"]
 
 
 def test_few_columns_are_taken_automatically(cuda: ModuleType) -> None:
