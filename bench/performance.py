@@ -11,6 +11,8 @@ import sys
 from typing import Any
 
 from bench import figures, intensity, report
+from bench.gpu import verdicts
+from bench.gpu.kwta import COPY
 from bench.gpu.stage import read_json
 from bench.interleave import Spread
 from bench.machine import ROOT
@@ -20,9 +22,8 @@ from bench.report import Row
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 _STAGES = ("environment", "pair", "kwta", "races", "steps", "scaling")  # of tools/gpu_check
-_YARDSTICK = "copy"  # that selections are timed beside, and no rival
 # What runs where nothing is chosen, by stage; competitions are the CUDA kernels' where they are built.
-_DEFAULTS = {"pair": "ghl auto", "kwta": "ghl cuda", "steps": "GHL softmax, sums_at=backward"}
+_DEFAULTS = {"pair": "ghl auto", "kwta": "ghl cuda", "steps": verdicts.SOFTMAX}
 
 
 def documents(folder: pathlib.Path = RESULTS) -> list[Measured]:
@@ -56,7 +57,7 @@ def _stages(folder: pathlib.Path) -> Measured | None:
         _stage_row(name, row)
         for name in ("pair", "kwta", "steps")
         for row in results.get(name, {}).get(name, [])
-        if row.get("what") != _YARDSTICK
+        if row.get("what") != COPY  # that selections are timed beside, and no rival
     ]
     classes = (*(name for name, *_ in intensity.CLASSES), intensity.NO_PRODUCTS)
     for name, sections in (("races", classes), ("scaling", ("rows",))):

@@ -23,6 +23,7 @@ from bench.gpu.poison import poison
 from bench.gpu.rivals import AS_EXACT, Tensors, rivals
 from bench.gpu.stage import Stage, available_kernels
 from bench.gpu.timing import Timed, l2_bytes, sets_for, time_all, within
+from ghl_kernels.backends.gpu.layout import FEW_CHANNELS
 from ghl_kernels.backends.triton import arch as architectures
 from ghl_kernels.backends.triton import config
 
@@ -30,7 +31,6 @@ RULES = {"softmax": ghl.HebbianRule.ghl(), "k-WTA 2%": ghl.HebbianRule.kwta(0.02
 # Of every entry relative to the largest, and of all by their norm; the parity stage is the judge.
 TOLERANCE = 1e-2
 DTYPE = torch.bfloat16
-FEW_CHANNELS = 4  # of a layer that the CUDA backend has a form of the kernel for
 PRODUCTS = ("pair", "A")
 AUTO = "auto"
 _CLOSE = 1.1  # times the fastest's time: those that auto is timed beside

@@ -23,7 +23,7 @@ from torch import nn
 
 import ghl_kernels as ghl
 from bench import steps, training
-from bench.gpu import profile, stage
+from bench.gpu import profile, stage, verdicts
 from bench.gpu.stage import Stage
 from bench.gpu.timing import time_all
 from bench.training import Method, by_rule
@@ -55,13 +55,13 @@ NETWORKS = {
     "ResNet-20": Network(lambda: CifarResNet(8, width=4), 128, 8),
 }
 
-BACKPROP, COMPILED = steps.BACKPROP, "backprop, compiled"
-SOFTMAX_STEP, FEW_STEP = "GHL softmax, sums_at=backward, compiled", "GHL winners=0.004, compiled"
+BACKPROP = steps.BACKPROP
+# compiled, those that are judged
+COMPILED, SOFTMAX_STEP, FEW_STEP = verdicts.BACKPROP, verdicts.SOFTMAX, verdicts.FEW
 _SHARED = steps.METHODS
 METHODS = (
     _SHARED[COMPILED],
-    # A compiler keeps u for A anyway, and the fused kernel then sums G too. (In place is then only what the
-    # compiler makes so.)
+    # one kernel then sums A and G; what works in place on u is no obstacle to a compiled step
     by_rule(SOFTMAX_STEP, SOFTMAX, sums_at="backward", compiled=True),
     by_rule(FEW_STEP, FEW, compiled=True),
     _SHARED[BACKPROP],

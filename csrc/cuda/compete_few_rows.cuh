@@ -134,13 +134,9 @@ __global__ void __launch_bounds__(kCompeteThreads, (kFewRowBlocks<T, kElements, 
 
 template <class T, int kElements>
 Status launch_few_rows(const CompeteArgs& args, const DeviceInfo& info, Stream stream) {
-  const CompeteParams& p = args.p;
-  const int64_t blocks =
-      std::min<int64_t>(divide_up<int64_t>(p.batch * p.positions, kCompeteWarps * kRowsOfWarp),
-                        static_cast<int64_t>(info.multiprocessors) * kBlocksEach);
   const auto kernel =
-      wants_state_only(p) ? few_rows_kernel<T, kElements, true> : few_rows_kernel<T, kElements, false>;
-  return launch("", kernel, {blocks, kCompeteThreads, 0}, stream, args);
+      wants_state_only(args.p) ? few_rows_kernel<T, kElements, true> : few_rows_kernel<T, kElements, false>;
+  return launch("", kernel, grid_over_rows(args.p, info, kRowsOfWarp), stream, args);
 }
 
 }  // namespace

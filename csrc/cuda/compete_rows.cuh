@@ -246,18 +246,20 @@ __global__ void __launch_bounds__(kCompeteThreads, (kRowBlocks<T, kElements, kSt
   }
 }
 
-// Blocks of rows_kernel on a multiprocessor, several times what it holds at once, so that none waits for the
-// last.
-constexpr int kBlocksEach = 32;
+// Of a kernel whose warps take so many rows at a time, and go on until there are none.
+inline Grid grid_over_rows(const CompeteParams& p, const DeviceInfo& info, int rows_of_warp) {
+  // on a multiprocessor, several times what it holds at once, so that none waits for the last
+  constexpr int kBlocksEach = 32;
+  const int64_t needed = divide_up<int64_t>(p.batch * p.positions, kCompeteWarps * rows_of_warp);
+  return {std::min<int64_t>(needed, static_cast<int64_t>(info.multiprocessors) * kBlocksEach),
+          kCompeteThreads, 0};
+}
 
 template <class T, int kElements>
 Status launch_rows(const CompeteArgs& args, const DeviceInfo& info, Stream stream) {
-  const CompeteParams& p = args.p;
-  const int64_t blocks = std::min<int64_t>(divide_up<int64_t>(p.batch * p.positions, kCompeteWarps),
-                                           static_cast<int64_t>(info.multiprocessors) * kBlocksEach);
   const auto kernel =
-      wants_state_only(p) ? rows_kernel<T, kElements, true> : rows_kernel<T, kElements, false>;
-  return launch("", kernel, {blocks, kCompeteThreads, 0}, stream, args);
+      wants_state_only(args.p) ? rows_kernel<T, kElements, true> : rows_kernel<T, kElements, false>;
+  return launch("", kernel, grid_over_rows(args.p, info, 1), stream, args);
 }
 
 }  // namespace

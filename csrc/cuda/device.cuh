@@ -25,19 +25,21 @@ __device__ __forceinline__ T* dynamic_shared() {
 #endif
 }
 
-template <class T>
+// Of a warp, or of each kLanes neighboring lanes of it.
+template <int kLanes = static_cast<int>(kWarp), class T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
     value += __shfl_xor_sync(kAllLanes, value, distance);
   }
   return value;
 }
 
 // Keeps NaN out, as fmaxf does; a kernel that must not hide one tests for it apart.
+template <int kLanes = static_cast<int>(kWarp)>
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
     value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, distance));
   }
   return value;

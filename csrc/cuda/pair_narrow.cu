@@ -405,24 +405,6 @@ __device__ __forceinline__ uint4 without_missing(uint4 chunk, int units) {
   return {kept(chunk.x, 0), kept(chunk.y, 2), kept(chunk.z, 4), kept(chunk.w, 6)};
 }
 
-template <int kRowLanes>
-__device__ __forceinline__ float largest_of_row(float value) {
-#pragma unroll
-  for (int distance = kRowLanes / 2; distance > 0; distance /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, distance));
-  }
-  return value;
-}
-
-template <int kRowLanes>
-__device__ __forceinline__ float sum_of_row(float value) {
-#pragma unroll
-  for (int distance = kRowLanes / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, distance);
-  }
-  return value;
-}
-
 // softmax over the units of a position: kRowLanes neighboring lanes' chunks, kRowLanes apart, of which one
 // may be the last of the row, and those after it missing: whatever is `elsewhere` is read in their place.
 template <class C, int kRowLanes, int kVectors>
@@ -443,7 +425,7 @@ __device__ __forceinline__ void softmax_of_chunks(char* row, const char* elsewhe
     tops =
         Kind::max(tops, Kind::max(Kind::max(chunks[i].x, chunks[i].y), Kind::max(chunks[i].z, chunks[i].w)));
   }
-  float top = largest_of_row<kRowLanes>(fmaxf(Kind::low(tops), Kind::high(tops)));
+  float top = warp_max<kRowLanes>(fmaxf(Kind::low(tops), Kind::high(tops)));
   float y[kVectors][kVector];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) load_chunk<C>(y[i], chunks[i]);
@@ -465,7 +447,7 @@ __device__ __forceinline__ void softmax_of_chunks(char* row, const char* elsewhe
       sums[e % 2] += y[i][e];
     }
   }
-  const float share = __fdividef(1.0f, sum_of_row<kRowLanes>(sums[0] + sums[1]));
+  const float share = __fdividef(1.0f, warp_sum<kRowLanes>(sums[0] + sums[1]));
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int chunk = first_chunk + i * kRowLanes;

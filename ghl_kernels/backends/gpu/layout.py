@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ghl_kernels._geometry import Geometry
 
+FEW_CHANNELS = 4  # of a network's input, at most: a kernel of the CUDA backend takes them as they are
 VECTOR = 8  # elements; 16 bytes, one load, of the narrowest dtype
 _SHORT = 1 << 30  # what 31 bits hold, with a tile's width and a padded row to spare
 

@@ -17,18 +17,17 @@ from torch import Tensor
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
 from ghl_kernels.backends.gpu.jobs import Job
-from ghl_kernels.backends.gpu.layout import Patches, Responses, patches, responses
+from ghl_kernels.backends.gpu.layout import FEW_CHANNELS, Patches, Responses, patches, responses
 from ghl_kernels.backends.gpu.state import State
 from ghl_kernels.rule import Competition
 
 # y is written, and read back by the library, in pieces of this part of L2.
 _CHUNK_OF_L2 = 0.25
 _ALIGNED_CHANNELS = 8  # of 16 bits: one 16-byte load
-_FEW_CHANNELS = 4  # of a network's input
 
 
 class Operations(abc.ABC):
-    """All operations, from kernels with the same functions and three decisions of the backend."""
+    """All operations, from kernels with the same functions and four decisions of the backend."""
 
     # modules, or what has their functions
     competing: Any  # activities, state, full_state, winner_lists, activity_sums
@@ -247,7 +246,7 @@ class Operations(abc.ABC):
 
     def _patches(self, x: Tensor, u: Tensor, grad_u: Tensor | None, geometry: Geometry) -> Patches:
         """The patches of x, which is copied where the kernel is faster on other strides or more channels."""
-        if x.shape[1] // geometry.groups <= _FEW_CHANNELS:
+        if x.shape[1] // geometry.groups <= FEW_CHANNELS:
             raw, grad = patches(x, geometry), None if grad_u is None else responses(grad_u, 1)
             if self.takes_few_channels(raw, responses(u, 1), grad):
                 return raw

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ghl_kernels.backends.gpu.layout import VECTOR
+from ghl_kernels.backends.gpu.layout import FEW_CHANNELS, VECTOR
 from ghl_kernels.backends.gpu.memory import WORKSPACE_BYTES
 from ghl_kernels.backends.gpu.precision import allows_tf32
 from ghl_kernels.backends.triton import measured
@@ -25,8 +25,7 @@ _LEAST_STEPS = 8
 # Units of a tile that is no larger for its state. One that held 96 units took 4 times as long on an H100 as a
 # launch for the state and the product together.
 _STATE_HERE_UNITS = 64
-_FEW_CHANNELS = 4
-_CHUNK = 64  # channels that the CUDA backend's kernel for Hopper takes at a time
+_LEAST_CHANNELS = 32  # of a layer that the CUDA backend's kernel for Hopper takes
 
 
 class Problem(NamedTuple):
@@ -239,17 +238,17 @@ def prefers_cuda(problem: Problem, arch: Arch, *, rows: bool) -> bool:
 def prefers_few_channels(problem: Problem, arch: Arch) -> bool:
     """Whether the CUDA backend's kernel for the first layers of networks is faster than any tile here.
 
-    An estimate: on an H100 a tile takes six times as long as it takes to read u, since it holds neither all
-    units of a position nor a number of columns near that of the layer.
+    On an H100 it took half the time of the best tile, which holds neither all units of a position nor a
+    number of columns near that of the layer.
     """
-    return arch.has_wgmma and problem.itemsize == 2 and problem.channels <= _FEW_CHANNELS
+    return arch.has_wgmma and problem.itemsize == 2 and problem.channels <= FEW_CHANNELS
 
 
 def _suits_hopper(problem: Problem, arch: Arch, *, rows: bool) -> bool:
-    """As pair_sm90_maps.h has it: 16 bits, whole vectors, chunks of 64 channels that are not mostly empty."""
+    """As pair_sm90_maps.h has it: 16 bits, whole vectors, and channels enough for a chunk."""
     vectors = problem.units % VECTOR == 0 and problem.channels % VECTOR == 0
-    filled = 2 * problem.channels >= -(-problem.channels // _CHUNK) * _CHUNK
-    return arch.has_wgmma and rows and problem.itemsize == 2 and problem.groups == 1 and vectors and filled
+    many = problem.channels >= _LEAST_CHANNELS
+    return arch.has_wgmma and rows and problem.itemsize == 2 and problem.groups == 1 and vectors and many
 
 
 def precision(dtype: torch.dtype, *, is_conv: bool, arch: Arch) -> str:

@@ -88,7 +88,12 @@ def _launch(target: str, rate: float, jobs: list[Job]) -> None:
 def _gate_in_float32(jobs: list[Job]) -> None:
     """A gradient of another dtype than its weight's: both without a rounding of their own."""
     wide = [
-        job._replace(weight=job.weight.float(), out=job.out.float(), grad=job.signs.float()) for job in jobs
+        job._replace(
+            weight=job.weight.float(),
+            out=job.out.float(),
+            grad=None if job.grad is None else job.grad.float(),
+        )
+        for job in jobs
     ]
     _launch("gate", 0.0, wide)
     for job, ready in zip(jobs, wide, strict=True):

@@ -39,17 +39,23 @@ _PLAIN = [
 ]
 
 
+@triton.jit
+def _count_below(ascending, count, limit, steps, BLOCK: tl.constexpr):
+    """How many of ``count`` ascending numbers are below each limit, by ``steps`` halvings."""
+    low = tl.zeros((BLOCK,), tl.int64)
+    high = low + count
+    for _ in range(steps):
+        middle = (low + high) // 2
+        is_below = tl.load(ascending + middle, mask=low < high, other=0).to(tl.int64) < limit
+        low, high = tl.where((low < high) & is_below, middle + 1, low), tl.where(is_below, high, middle)
+    return low
+
+
 @triton.jit(do_not_specialize=["units", "entries", "steps"])
 def starts_kernel(sorted_units, starts, units, entries, steps, BLOCK: tl.constexpr):
     """starts[n] = how many entries belong to units below n, for n up to ``units``."""
     unit = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    low = tl.zeros((BLOCK,), tl.int64)
-    high = low + entries
-    for _ in range(steps):
-        middle = (low + high) // 2
-        is_below = tl.load(sorted_units + middle, mask=low < high, other=0).to(tl.int64) < unit
-        low, high = tl.where((low < high) & is_below, middle + 1, low), tl.where(is_below, high, middle)
-    tl.store(starts + unit, low, mask=unit <= units)
+    tl.store(starts + unit, _count_below(sorted_units, entries, unit, steps, BLOCK), mask=unit <= units)
 
 
 @triton.jit(do_not_specialize=["units", "length"])
@@ -69,13 +75,8 @@ def ends_kernel(starts, ends, units, length, BLOCK: tl.constexpr):
 def owners_kernel(ends, owner, units, segments, steps, BLOCK: tl.constexpr):
     """owner[s] = the unit of segment s; ``units`` from the last unit's last one on."""
     segment = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    low = tl.zeros((BLOCK,), tl.int64)
-    high = low + units
-    for _ in range(steps):
-        middle = (low + high) // 2
-        is_past = tl.load(ends + middle, mask=low < high, other=0) <= segment
-        low, high = tl.where((low < high) & is_past, middle + 1, low), tl.where(is_past, high, middle)
-    tl.store(owner + segment, low, mask=segment < segments)
+    passed = _count_below(ends, units, segment + 1, steps, BLOCK)
+    tl.store(owner + segment, passed, mask=segment < segments)
 
 
 @triton.jit
