@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import ghl_kernels as ghl
-from examples import data
+from examples import data, processes
 from examples.augment import standardize
 from ghl_kernels.demo.arguments import positive, positive_number
 from ghl_kernels.demo.errors import UserError
@@ -105,18 +105,13 @@ def main() -> None:
     args = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start it by torchrun, for instance: torchrun --nproc-per-node 2 -m examples.ddp")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        train(args, device)
+        with processes.joined() as device:
+            train(args, device)
     except UserError as error:
         sys.exit(f"error: {error}")
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    processes.leave()

@@ -27,7 +27,7 @@ from rich.table import Table
 
 import ghl_kernels as ghl
 from bench import machine
-from examples import curves, data, steps
+from examples import curves, data, processes, steps
 from examples.batches import Batches, FolderBatches, MemoryBatches, Share, evaluation_batches
 from examples.learner import Learner
 from examples.models import MODELS
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        with processes() as (share, device):
+        with placed() as (share, device):
             if options.steps:
                 compare_steps(options, device)
             else:
@@ -74,20 +74,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[tuple[Share, torch.device]]:
-    """This process and its device; torchrun's processes are joined (NCCL on GPUs, else gloo)."""
-    cuda = torch.cuda.is_available()
+def placed() -> Iterator[tuple[Share, torch.device]]:
+    """This process's share of the work, and its device; alone unless torchrun started it."""
     if "WORLD_SIZE" not in os.environ:
-        yield Share(), torch.device("cuda" if cuda else "cpu")
+        yield Share(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    try:
+    with processes.joined() as device:
         yield Share(dist.get_rank(), dist.get_world_size()), device
-    finally:
-        dist.destroy_process_group()
 
 
 def make_learner(options: argparse.Namespace, method: str, device: torch.device) -> Learner:
@@ -263,3 +256,4 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     main()
+    processes.leave()

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from examples.processes import leave
+
 # What a process waits for another before it gives up: far above any wait of a test that passes.
 PATIENCE = datetime.timedelta(seconds=120)
 
@@ -39,3 +41,4 @@ def _process(rank: int, world: int, function: Callable[[int], Any], folder: Path
     finally:
         torch.distributed.destroy_process_group()
     torch.save(found, folder / f"{rank}.pt")
+    leave()

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import ghl_kernels as ghl
+from examples.processes import leave
 from ghl_kernels import HebbianRule
 from ghl_kernels.nn import GHLLayer
 
@@ -482,6 +483,7 @@ def _with_one_that_fails(rank: int, folder: Path) -> None:
             assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
             assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True))
             torch.save(time.monotonic() - start, folder / f"{how}.pt")
+    leave()
 
 
 def _backward(model: nn.Module, batch: tuple[Tensor, Tensor], rank: int) -> None:

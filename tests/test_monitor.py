@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ghl_kernels as ghl
+from examples.processes import leave
 from ghl_kernels import HebbianRule, LayerReading
 from ghl_kernels.nn import GHLLayer
 
@@ -491,7 +492,9 @@ def _rank(rank: int, folder: str) -> None:
     gate.remove()
     own, total, again = monitor.read(), monitor.reduce(), monitor.reduce()
     torch.save([next(iter(readings.values())) for readings in (own, total, again)], f"{folder}/{rank}.pt")
+    torch.distributed.barrier()  # gloo aborts where a process leaves while its threads hear of another
     torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow

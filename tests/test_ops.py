@@ -472,6 +472,8 @@ REFUSALS: list[tuple[Callable[..., Any], tuple[Any, ...], type[Exception], str]]
     ),
     (ops.gate_, (OVERLAPPING, A, P, W, 1, "oja", "layer"), ValueError, r"strides \(2, 1\); pass a clone"),
     (ops.gate_, (W.int(), A, P, W, 1, "oja", "layer"), TypeError, "grad must be"),
+    (ops.gate_, (W.double(), A, P, W, 1, "oja", "layer"), TypeError, "no wider than the sums.*float64"),
+    (ops.gate, (W.double(), A, P, W, 1, "oja", "layer"), TypeError, "no wider than the sums.*float64"),
     (ops.learn_, (EXPANDED, A, P, 0.1, 1, "oja", "layer"), ValueError, "elements overlap"),
     (ops.learn_, (OVERLAPPING, A, P, 0.1, 1, "oja", "layer"), ValueError, "elements overlap"),
     (ops.learn_, (W[:4], A, P, 0.1, 1, "oja", "layer"), ValueError, r"A must have shape \(4, 3\)"),
@@ -514,12 +516,18 @@ def test_sparse_tensors_have_no_kernel() -> None:
         ops.linear_sums(X.to_sparse(), U, *SOFTMAX, "oja")
 
 
+def test_gate_reads_a_gradient_whose_elements_overlap() -> None:
+    gated = ops.gate(EXPANDED, A, P, W, 1, "oja", "layer")
+    assert torch.equal(gated, ops.gate(EXPANDED.contiguous(), A, P, W, 1, "oja", "layer"))
+
+
 @pytest.mark.parametrize("mapped", range(3))
-def test_what_is_in_place_is_not_mapped_over(mapped: int) -> None:
+def test_rules_are_not_mapped_over(mapped: int) -> None:
     tensors = [W.clone(), A.clone(), P.clone()]
     in_dims = [0 if i == mapped else None for i in range(3)]
     tensors[mapped] = torch.stack([tensors[mapped]] * 2)
-    for name, options in (("gate_", (W, 1, "oja", "layer")), ("learn_", (0.1, 1, "oja", "layer"))):
+    gate, learn = (W, 1, "oja", "layer"), (0.1, 1, "oja", "layer")
+    for name, options in (("gate_", gate), ("gate", gate), ("learn_", learn)):
 
         def call(*tensors: Tensor, name: str = name, options: tuple[Any, ...] = options) -> None:
             getattr(ops, name)(*tensors, *options)
