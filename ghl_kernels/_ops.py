@@ -65,7 +65,7 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
         # every device, of which those without kernels of ours have the eager backend
         _LIB.impl(name, implementation, "CompositeExplicitAutograd")
-        if "!" in schema:  # of the others vmap calls one after the other
+        if "!" in schema or name == "gate":  # of the others vmap calls one after the other
             for key in ("FuncTorchBatched", "Batched"):  # of vmap, and of is_grads_batched
                 _LIB.impl(name, functools.partial(_refuse_vmap, name), key)
         # no gradient flows; without this torch hangs a node on the results that warns in backward
@@ -77,8 +77,8 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _refuse_vmap(name: str, *_: Any) -> None:
     raise RuntimeError(
-        f"torch.func.vmap, jacrev and is_grads_batched cannot map over ghl::{name}, which changes a tensor "
-        "in place by a rule that is not linear; take the gradients of a GHL layer's weight one at a time"
+        f"torch.func.vmap, jacrev and is_grads_batched cannot map over ghl::{name}, whose rule is not linear; "
+        "take the gradients of a GHL layer's weight one at a time"
     )
 
 
@@ -440,6 +440,7 @@ def _gate_(
     grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
 ) -> None:
     _guard_gate(grad, A, moments, weight, groups, decay, normalize)
+    _check.writable("grad", grad)
     _dispatch.select(weight.device, weight.dtype).gate_(grad, A, moments, weight, groups, decay, normalize)
     torch.autograd.graph.increment_version(grad)
     _tape.note(torch.autograd.graph.increment_version, (grad,))
@@ -469,6 +470,7 @@ def _gate_all_(
     by_backend: dict[ModuleType, list[tuple[Any, ...]]] = {}
     for grad, *sums in layers:
         _guard_gate(grad, *sums)
+        _check.writable("grad", grad)
         weight = sums[2]
         by_backend.setdefault(_dispatch.select(weight.device, weight.dtype), []).append((grad, *sums))
     for module, members in by_backend.items():
@@ -680,7 +682,8 @@ def _guard_gate(
     _guard_sums(A, moments, weight, groups, decay, normalize)
     _check.shape("grad", grad, weight.shape)
     _check.floats(grad=grad, weight=weight)
-    _check.writable("grad", grad)
+    if grad.dtype == torch.float64 != A.dtype:
+        raise TypeError(f"grad must be no wider than the sums, which are {A.dtype}, got {grad.dtype}")
 
 
 def _guard_step(layer: Stepped) -> None:

@@ -80,8 +80,7 @@ class _Recorder(TorchDispatchMode):
         self._slots = 0
         self._new_slots(tensors)
         self._inputs = len(tensors)
-        # one tensor twice: which of the two a call is given cannot be told
-        self.refused = len(self._slot_of) < len(tensors)
+        self.refused = False
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
@@ -200,6 +199,8 @@ def run(name: str, settings: Any, body: Callable[..., Any], arguments: tuple[Any
             return found.play(tensors)
     if hashed in _tapes:  # cannot be repeated, or has no memory
         return body(*arguments)
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        return body(*arguments)  # one tensor twice: which of the two a call is given cannot be told
     _thread.recorder = recorder = _Recorder(tensors)
     try:
         with torch._C._AutoDispatchBelowAutograd(), recorder:
