@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     decay: str
     needs_grad: bool  # G is computed (the rule has a gate)
     at_step: bool
-    is_sparse: bool  # A is summed from the winners alone
+    is_sparse: bool  # A is summed from the winners alone, where it is summed alone
     keeps: str  # what backward needs beside x: "winners", "sums" or "u"
     is_pair: bool  # A and G are summed together, in backward
     is_grad_ours: bool  # G of float32 is summed by an operation of ours; not a convolution's with a bias
@@ -48,10 +48,12 @@ def make_plan(
     *,
     at_step: bool = False,
     sums_at: str = "forward",
+    dtype: torch.dtype | None = None,
 ) -> Plan:
     """The plan of a layer. Made outside LayerFunction, inside which a compiler cannot read the crossovers.
 
-    Few winners are smaller than the sums and than u, and are kept for backward in their place.
+    Few winners are smaller than u and mostly than the sums, and are kept for backward in their place.
+    ``dtype`` is that of x, where it is not the weight's.
     """
     units, channels = weight.shape[:2]
     competition = rule.competition(units)
@@ -60,12 +62,16 @@ def make_plan(
     # second moments of y are a dense product in any case
     can_be_sparse = rule.decay in ("oja", "none", "instar")
     is_sparse = bool(can_be_sparse and _dispatch.prefers_sparse(*choice))
-    if is_sparse and _dispatch.keeps_winners(*choice):
+    needs_grad = rule.gate == "sign"
+    pairs_lists = needs_grad and rule.decay in ("oja", "none")
+    given = weight, geometry, competition.winners, dtype or weight.dtype
+    pairs_lists = pairs_lists and _dispatch.pairs_winners(*given)
+    if pairs_lists or (is_sparse and _dispatch.keeps_winners(*choice)):
         keeps = "winners"
     else:
         keeps = "sums" if sums_at == "forward" else "u"
-    needs_grad = rule.gate == "sign"
-    is_pair = needs_grad and keeps == "u" and not is_sparse and _dispatch.computes_pairs(weight.device.type)
+    pairs_u = needs_grad and keeps == "u" and not is_sparse
+    is_pair = pairs_lists or (pairs_u and _dispatch.computes_pairs(weight.device.type))
     group_units = units // (1 if geometry is None else geometry.groups)
     has_kernel = _dispatch.sums_grads(weight.device.type, kind, group_units, weight.numel())
     is_grad_ours = needs_grad and not is_pair and has_kernel
@@ -92,6 +98,14 @@ def pair(x: Tensor, u: Tensor, grad_u: Tensor, plan: Plan) -> tuple[Tensor, Tens
     if plan.geometry is None:
         return torch.ops.ghl.linear_pair(x, u, grad_u, *plan.competition, plan.decay)
     return torch.ops.ghl.conv_pair(x, u, grad_u, *plan.geometry, *plan.competition, plan.decay)
+
+
+def winner_pair(
+    x: Tensor, unit: Tensor, activity: Tensor, grad_u: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As pair, from the winners' lists."""
+    assert plan.geometry is not None
+    return torch.ops.ghl.conv_winner_pair(x, unit, activity, grad_u, *plan.geometry, plan.decay)
 
 
 def winners(u: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -206,14 +220,16 @@ class LayerFunction(torch.autograd.Function):
     def _backward(ctx: Any, grad_u: Tensor, x: Tensor, weight: Tensor, *kept: Tensor) -> tuple[Any, ...]:
         plan: Plan = ctx.plan
         keeps = plan.keeps
-        if plan.is_pair:
+        if plan.is_pair and keeps == "winners":
+            A, moments, G = winner_pair(x, kept[0], kept[1], grad_u, plan)
+        elif plan.is_pair:
             A, moments, G = pair(x, kept[0], grad_u, plan)
         elif keeps == "u":  # before the library's gradients: y and they are never held together
             A, moments = sums(x, kept[0], plan)
         grad_x, grad_weight, grad_bias = _layer_backward(ctx, grad_u, x, weight.to(x.dtype), plan)
         if plan.is_pair:
             grad_weight = G
-        if keeps == "winners":  # after them: A is not held while the library works
+        elif keeps == "winners":  # after them: A is not held while the library works
             A, moments = winner_sums(x, kept[0], kept[1], plan)
         elif keeps == "sums":
             # a leaf keeps its first gradient as its own; a retained graph must not see it grow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import math
 import os
 from collections.abc import Hashable
 from types import ModuleType, TracebackType
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ghl_kernels import _processor
-from ghl_kernels._geometry import Geometry
+from ghl_kernels._geometry import Geometry, is_by_tap
 
 logger = logging.getLogger("ghl_kernels")
 
@@ -54,8 +55,8 @@ LEAST_WINOGRAD = 8
 HAS_SLOW_PRODUCTS = _processor.has_slow_products()
 _LEAST_WEIGHTS = 1 << 17
 
-# Lists of winners take 8 bytes a winner, a float u 4 bytes a unit: up to here the lists are 6% of u, and less
-# of all that a layer and what follows it keep for backward. With more winners A or u itself is kept.
+# Lists of winners take 8 bytes a winner, a float u 4 bytes a unit: up to here the lists are 6% of u, 12% of a
+# 16-bit one, and less of all that a layer and what follows it keep for backward. Else A or u itself is kept.
 _WORTH_KEEPING = 0.03
 
 
@@ -107,6 +108,29 @@ def computes_pairs(device_type: str) -> bool:
     On a CPU the two sums would share next to nothing.
     """
     return device_type == "cuda" or _Choice.name in ("triton", "cuda")
+
+
+def pairs_winners(weight: torch.Tensor, geometry: Geometry | None, winners: int, dtype: torch.dtype) -> bool:
+    """Whether A from the winners' lists and G are summed together: CUDA's kernel for first layers does so.
+
+    A by itself would need u again, or x, gathered an element at a time. What the kernel takes is in
+    csrc/cuda/pair_narrow.cu; that responses lie in rows is seen by the weight, which then does too.
+    """
+    units, channels = weight.shape[:2]
+    if geometry is None or geometry.groups > 1 or not 1 < channels <= 4 or units > 128:
+        return False
+    if dtype not in (torch.bfloat16, torch.float16) or not 0 < winners <= min(2, _WORTH_KEEPING * units):
+        return False
+    kernel = (*geometry.kernel_size, 1, 1)[:3]
+    fits = channels * math.prod(kernel) <= 160 and sum(kernel) <= 32 and is_by_tap(weight)
+    return fits and _runs_on_cuda(weight.device.type, dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _runs_on_cuda(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the CUDA backend may and can run an operation."""
+    names = _PREFERENCE.get(device_type, ()) if is_automatic() else (_Choice.name,)
+    return "cuda" in names and not _load("cuda").refusal(torch.device(device_type), dtype)
 
 
 def sums_grads(device_type: str, kind: str, group_units: int, weights: int) -> bool:

@@ -77,8 +77,8 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _refuse_vmap(name: str, *_: Any) -> None:
     raise RuntimeError(
-        f"torch.func.vmap, jacrev and is_grads_batched cannot map over ghl::{name}, whose rule is not linear; "
-        "take the gradients of a GHL layer's weight one at a time"
+        f"torch.func.vmap, jacrev and is_grads_batched cannot map over ghl::{name}, "
+        "whose rule is not linear; take the gradients of a GHL layer's weight one at a time"
     )
 
 
@@ -400,6 +400,52 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     _check.conv_input(x, _geometry(kernel_size, stride, padding, dilation, groups, by_tap))
     return _empty_sums(x, (units, x.shape[1] // groups, *kernel_size), groups, decay, by_tap)
+
+
+@_op(
+    f"conv_winner_pair(Tensor x, Tensor unit, Tensor activity, Tensor grad_u, {_CONV}, str decay)"
+    " -> (Tensor A, Tensor moments, Tensor G)"
+)
+def _conv_winner_pair(
+    x: Tensor,
+    unit: Tensor,
+    activity: Tensor,
+    grad_u: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    by_tap: bool,
+    decay: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = _geometry(kernel_size, stride, padding, dilation, groups, by_tap)
+    _guard_conv(x, grad_u, geometry, 0)
+    _check.choice("decay", decay, get_args(Decay))
+    _guard_lists(x, unit, activity, grad_u.numel() // max(grad_u.shape[1], 1))
+    backend = _dispatch.select(x.device, x.dtype)
+    A, moments, G = backend.conv_winner_pair(x, unit, activity, grad_u, geometry, decay)
+    return _ordered(A, by_tap), moments, _ordered(G, by_tap)
+
+
+@_fake("conv_winner_pair")
+def _(
+    x: Tensor,
+    unit: Tensor,
+    activity: Tensor,
+    grad_u: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    by_tap: bool,
+    decay: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _guard_conv(x, grad_u, _geometry(kernel_size, stride, padding, dilation, groups, by_tap), 0)
+    shape = (grad_u.shape[1], x.shape[1] // groups, *kernel_size)
+    A, moments = _empty_sums(x, shape, groups, decay, by_tap)
+    return A, moments, torch.empty_like(A)
 
 
 # --- H, the gate, and learning in place ---------------------------------------------------------

@@ -182,9 +182,14 @@ class GHLLayer(nn.Module, abc.ABC):
                 "or DistributedDataParallel"
             )
 
-    def _plan(self, geometry: Geometry | None) -> Plan:
+    def _plan(self, geometry: Geometry | None, dtype: torch.dtype | None = None) -> Plan:
         return make_plan(
-            geometry, self.weight, self.rule, at_step=self.gate_at == "step", sums_at=self.sums_at
+            geometry,
+            self.weight,
+            self.rule,
+            at_step=self.gate_at == "step",
+            sums_at=self.sums_at,
+            dtype=dtype,
         )
 
     def _autocast_dtype(self, x: Tensor) -> torch.dtype | None:
@@ -204,7 +209,7 @@ class GHLLayer(nn.Module, abc.ABC):
             # outside the function, so that the casts are differentiated as autocast's own are
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        plan = self._plan(geometry)
+        plan = self._plan(geometry, dtype)
         # G of the fused kernel is as wide as A
         weight, A, moments = self._gated_weight(None if plan.is_pair or dtype == self.weight.dtype else dtype)
         u, *_ = LayerFunction.apply(x, weight, bias, A, moments, plan)

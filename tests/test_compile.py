@@ -98,6 +98,28 @@ def test_float32_on_every_backend(rule: str, gate_at: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("in_autocast", [False, True])
+def test_a_first_layer_of_few_winners_on_every_backend(in_autocast: bool) -> None:
+    """In 16 bits, where CUDA's backend keeps the winners and sums A and G together."""
+    torch.manual_seed(0)
+    last = {"memory_format": torch.channels_last}
+    layer = ghl.GHLConv2d(3, 40, 3, padding=1, rule=HebbianRule.kwta(1)).to(**last)
+    x, e = (torch.randn(2, channels, 5, 4).contiguous(**last) for channels in (3, 40))
+    if not in_autocast:
+        layer, x = layer.bfloat16(), x.bfloat16()
+    gradients = []
+    for forward in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_autocast):
+            u = forward(x)
+        assert u.dtype == torch.bfloat16
+        u.backward(e.bfloat16())
+        gradients.append(layer.weight.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().max() > 0
+
+
 @pytest.mark.parametrize("gate_at", ["backward", "step"])
 @pytest.mark.parametrize("rule", ["softmax", "kwta, sparse"])
 def test_one_dynamic_graph_takes_all_batch_sizes(rule: str, gate_at: str) -> None:

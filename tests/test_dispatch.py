@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -320,6 +321,46 @@ def test_winners_are_kept_only_where_they_are_summed_from(kind: str) -> None:
         if _dispatch.keeps_winners("cpu", kind, 96, k):
             assert _dispatch.prefers_sparse("cpu", kind, 96, k)
             assert 8 * k <= 0.06 * 4 * 96  # bytes of the lists and of u
+
+
+PAIRED_LISTS = {
+    "DeepHebb's first layer": ({}, True),
+    "two of 67 units": ({"units": 67, "winners": 2}, True),
+    "two of 66 units": ({"units": 66, "winners": 2}, False),
+    "one of 33 units": ({"units": 33}, False),
+    "three winners": ({"units": 128, "winners": 3}, False),
+    "no winners": ({"winners": 0}, False),
+    "most units": ({"units": 128}, True),
+    "more units": ({"units": 129}, False),
+    "one channel": ({"channels": 1}, False),
+    "most columns": ({"channels": 4, "kernel": (5, 8)}, True),
+    "more columns": ({"channels": 4, "kernel": (5, 9)}, False),
+    "a long kernel in 1-d": ({"channels": 2, "kernel": (31,)}, False),
+    "groups": ({"groups": 2}, False),
+    "float32": ({"dtype": torch.float32}, False),
+    "NCHW": ({"layout": torch.contiguous_format}, False),
+}
+
+
+@pytest.mark.parametrize("case", PAIRED_LISTS.values(), ids=PAIRED_LISTS)
+def test_lists_of_first_layers_are_paired(
+    monkeypatch: pytest.MonkeyPatch, case: tuple[dict[str, Any], bool]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(_dispatch, "_runs_on_cuda", lambda kind, dtype: not asked.append(kind))
+    changes, expected = case
+    layer = {"units": 96, "channels": 3, "kernel": (5, 5), "groups": 1, "winners": 1, "dtype": torch.float16}
+    layer |= {"layout": torch.channels_last, **changes}
+    kernel = layer["kernel"]
+    weight = torch.zeros(layer["units"], layer["channels"], *kernel)
+    if len(kernel) == 2:
+        weight = weight.contiguous(memory_format=layer["layout"])
+    geometry = make_geometry(kernel, 1, 0, 1, layer["groups"])[1]
+    assert _dispatch.pairs_winners(weight, geometry, layer["winners"], layer["dtype"]) is expected
+    assert not _dispatch.pairs_winners(weight, None, layer["winners"], layer["dtype"])
+    assert asked == ["cpu"] * expected
+    monkeypatch.setattr(_dispatch, "_runs_on_cuda", lambda kind, dtype: False)
+    assert not _dispatch.pairs_winners(weight, geometry, layer["winners"], layer["dtype"])
 
 
 def test_competition_among_all_units_is_dense() -> None:

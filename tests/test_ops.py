@@ -82,6 +82,21 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
             for rule in (SOFTMAX, KWTA)
             for decay in ("none", "subspace")
         ]
+    if name == "conv_winner_pair":
+        return [
+            (x, unit, activity, torch.randn_like(response[: len(x)]), *rest)
+            for x, unit, activity, _, *rest in samples("conv_winner_sums", dtype)
+        ] + [
+            # of a kernel of its own in 16 bits
+            (
+                draw(2, 3, 6, 5).contiguous(**last),
+                *_winner_lists(60, k, 40, dtype),
+                draw(2, 40, 6, 5).contiguous(**last),
+                *((5, 3), (1, 1), (2, 1), (1, 1), 1, by_tap, "oja"),
+            )
+            for k in (1, 2)
+            for by_tap in (False, True)
+        ]
     if name.endswith("_pair"):
         sums = samples(name.removesuffix("_pair") + "_sums", dtype)
         return [(x, u, torch.randn_like(u), *rest) for x, u, *rest in sums]
@@ -166,6 +181,7 @@ NAMES = (
     "conv_sums",
     "linear_winner_sums",
     "conv_winner_sums",
+    "conv_winner_pair",
     "linear_pair",
     "conv_pair",
     "linear_grad",
@@ -443,6 +459,18 @@ REFUSALS: list[tuple[Callable[..., Any], tuple[Any, ...], type[Exception], str]]
         ValueError,
         r"two \(32, k\) tensors",
     ),
+    (
+        ops.conv_winner_pair,
+        (IMAGE, UNIT, ACTIVITY, RESPONSE, *GEOMETRY, "oja"),
+        ValueError,
+        r"two \(32, k\) tensors",
+    ),
+    (
+        ops.conv_winner_pair,
+        (IMAGE, UNIT, ACTIVITY, RESPONSE[:1], *GEOMETRY, "oja"),
+        ValueError,
+        r"u must have shape \(2, units, 4, 4\)",
+    ),
     (ops.delta, (A[:4], P, W, 1, "oja", "layer"), ValueError, r"A must have shape \(5, 3\), got \(4, 3\)"),
     (ops.delta, (A, P, W, 1, "instar", "layer"), ValueError, r"moments must have shape \(6,\), got \(1,\)"),
     (
@@ -519,6 +547,14 @@ def test_sparse_tensors_have_no_kernel() -> None:
 def test_gate_reads_a_gradient_whose_elements_overlap() -> None:
     gated = ops.gate(EXPANDED, A, P, W, 1, "oja", "layer")
     assert torch.equal(gated, ops.gate(EXPANDED.contiguous(), A, P, W, 1, "oja", "layer"))
+
+
+def test_pair_of_lists_is_both_sums(backend: str) -> None:
+    for x, unit, activity, grad, *geometry, decay in samples("conv_winner_pair", torch.float32):
+        A, moments, G = ops.conv_winner_pair(x, unit, activity, grad, *geometry, decay)
+        alone = ops.conv_winner_sums(x, unit, activity, grad.shape[1], *geometry, decay)
+        for ours, theirs in zip((A, moments, G), (*alone, ops.conv_grad(x, grad, *geometry)), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("mapped", range(3))

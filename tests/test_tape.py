@@ -85,6 +85,25 @@ def test_a_taped_operation_is_the_same_bit_for_bit(
     assert any(made(tapes)) or (name in ("delta", "gate") and not any(made(tapes)))
 
 
+def test_the_pair_of_lists_is_taped(poison: None, tapes: dict[Any, Any]) -> None:
+    """In 16 bits, where it is one kernel."""
+    available, reason = {b.name: (b.available, b.reason) for b in ghl.backends()}["cuda"]
+    if not available:
+        pytest.skip(reason)
+    with ghl.use_backend("cuda"):
+        for arguments in samples("conv_winner_pair", torch.bfloat16)[-4:]:
+            tapes.clear()
+            ops.conv_winner_pair(*arguments)
+            assert made(tapes) == [True]
+            others = tuple(map(_other_values, arguments))
+            played = ops.conv_winner_pair(*others)
+            with _tape.bypassed():
+                expected = ops.conv_winner_pair(*others)
+            for ours, right in zip(played, expected, strict=True):
+                assert torch.equal(ours, right)
+                assert ours.stride() == right.stride()
+
+
 def test_a_gate_in_place_is_taped_too(taping: None, poison: None, tapes: dict[Any, Any]) -> None:
     for arguments in samples("gate_", torch.float32)[::2]:
         ops.gate_(*arguments)

@@ -126,6 +126,7 @@ RULES = {
     "sanger": HebbianRule.hpca(),
     "no decay": HebbianRule(decay="none", normalize="none"),
     "kwta 30": HebbianRule.kwta(30),
+    "two softmax winners": HebbianRule(winners=2),
 }
 MAIN_RULES = ("softmax", "kwta")
 WIDE_RULES = ("kwta", "kwta 30")
@@ -304,7 +305,7 @@ def _checks(layer: Layer, rule: HebbianRule, data: Data, judge: torch.device | N
         ),
     ]
     if competition.winners:
-        checks.append(_winners_check(layer, data, judged, competition, delta))
+        checks += _winners_checks(layer, data, judged, competition, delta)
     if rule.gate == "sign":
         arguments = (data.x, data.u, data.grad_u, data.weight, rule)
         gradient = getattr(ghl.functional, f"{kind}_weight_grad")
@@ -405,14 +406,14 @@ def _judge_pair(
     return judge
 
 
-def _winners_check(
+def _winners_checks(
     layer: Layer,
     data: Data,
     judged: Data,
     competition: Competition,
     delta: Callable[..., Tensor],
-) -> Check:
-    """A from the winners' lists."""
+) -> list[Check]:
+    """A from the winners' lists, and together with G."""
     rule = HebbianRule(
         activity=competition.activity,
         winners=competition.winners,
@@ -425,14 +426,23 @@ def _winners_check(
     kind = "conv" if layer.size else "linear"
     sums = getattr(torch.ops.ghl, f"{kind}_winner_sums")
 
+    def lists() -> tuple[Tensor, Tensor]:
+        return torch.ops.ghl.winners(data.u, 1, *competition)
+
     def call() -> Tensor:
-        unit, activity = torch.ops.ghl.winners(data.u, 1, *competition)
-        return sums(data.x, unit, activity, layer.units, *layer.raw, "none")[0]
+        return sums(data.x, *lists(), layer.units, *layer.raw, "none")[0]
+
+    def call_pair() -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.ghl.conv_winner_pair(data.x, *lists(), data.grad_u, *layer.raw, "none")
 
     def judge(A: Tensor) -> float:
         return excess(A, _judge_delta(delta, judged, rule, layer.options))
 
-    return Check(f"{kind}_winner_sums", call, judge)
+    checks = [Check(f"{kind}_winner_sums", call, judge)]
+    if layer.size:
+        judge_pair = _judge_pair(delta, judged, rule, layer.options)
+        checks.append(Check("conv_winner_pair", call_pair, judge_pair))
+    return checks
 
 
 def _repeat(this: Stage, backend: str, layer: Layer) -> None:

@@ -340,6 +340,7 @@ Status depthwise_cuda(const PairParams& params, Stream stream) {
   const std::string what = describe(params);
   if (params.geometry.positions() > 0 && lacks_state(params))
     return Status::failure(what + ": the state that its activity needs is missing");
+  if (params.winners > 0) return Status::failure(what + ": it takes no lists of winners");
   if (!params.workspace) return Status::failure(what + ": no workspace");
   DepthwiseParams kernel{};
   Status status = make_plan(params, stream.device, kernel.plan);

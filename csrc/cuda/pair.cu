@@ -829,13 +829,17 @@ Status check(const PairParams& params, PairForm form) {
     return Status::failure(pair_shape(params) + ": " + why);
   };
   const bool empty = params.geometry.positions() == 0;
-  if (!empty && ((params.a && !params.u.data) || (params.g && !params.grad.data))) {
+  const void* const a_input = params.winners > 0 ? params.winner_unit : params.u.data;
+  if (!empty && ((params.a && !a_input) || (params.g && !params.grad.data))) {
     return failure("a result without its input");
   }
   if (!pair_sizes_fit(params)) return failure("sizes of 2^29 and more are not supported");
   if (params.form != PairForm::automatic && params.form != form) {
     const std::string name = params.form == PairForm::wgmma ? "wgmma" : "narrow";
     return failure("the " + name + " form does not take this shape on this device");
+  }
+  if (params.winners > 0 && form != PairForm::narrow) {
+    return failure("lists of winners are for the narrow form, and not in every shape");
   }
   if (!empty && lacks_state(params) && !makes_state(params, form)) {
     return failure("the state that its activity needs is missing");

@@ -31,7 +31,7 @@ Status pair_narrow(const PairParams& params, const DeviceInfo& info, Stream stre
 // Whether A's activity is a softmax over all units of a position, whose state a kernel that sees them all can
 // compute itself, and which is not given.
 inline bool needs_only_softmax(const PairParams& params) {
-  const bool given = params.threshold || params.cut || params.logsumexp || params.first;
+  const bool given = params.threshold || params.cut || params.logsumexp || params.first || params.winners > 0;
   return !given && params.activity == Activity::softmax && !params.selects && !params.anti;
 }
 

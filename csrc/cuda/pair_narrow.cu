@@ -5,7 +5,7 @@
 // neighboring positions, 64 to a step. u and dL/du travel through a ring in shared memory, where u becomes y
 // in place. x is gathered from L1 into [column][position], an element at a time: with few channels nothing
 // wider is aligned. In step s a warp queues the copies of step s + 2, gathers x and makes y of step s + 1 and
-// multiplies those of step s; one barrier a step.
+// multiplies those of step s; one barrier a step. From lists of winners y is written into the ring without u.
 //
 // Positions l and l + 32 of a step are neighbors in shared memory, since one lane gathers both.
 #include "cuda/activity.cuh"
@@ -20,12 +20,19 @@ constexpr int kPositions = kNarrowPositions;
 constexpr int kLanes = static_cast<int>(kWarp);
 constexpr int kVector = 8;  // units of 16 bytes
 constexpr int kDepth = 16;  // positions of a product of matrices
+constexpr int kFields = 4;  // of 4 bytes that a position has besides u and dL/du
 
 struct Left {
   const char* data;
   Divisor inner;
   int64_t stride_batch;  // strides in bytes
   int64_t stride_position;
+};
+
+// A State or Winners of every position; a field is 0 where it has no data.
+struct Fields {
+  const char* data[kFields];
+  int64_t stride;  // bytes from position to position
 };
 
 // NarrowPlan as the kernel counts with it.
@@ -57,11 +64,12 @@ struct KernelParams {
   int32_t taps;
 
   Left left[2];    // that which A or G alone needs, or those of G and A
-  int32_t u_half;  // the half of the left tile that holds u; -1 where A is not wanted
-  int32_t halves;
+  int32_t u_half;  // the half of the left tile that becomes y; -1 where A is not wanted
+  int32_t copied_halves;
   int32_t units;
   Competition competition;
-  StatePointers state;
+  Fields fields;
+  int32_t winners;  // of a position, in place of u; 0 where u is given
   bool state_here;
   bool plain_softmax;  // over all units
 
@@ -108,8 +116,15 @@ struct alignas(16) State {
   int32_t first;
 };
 
+// The list of a position; what it lacks is a unit 0 of activity 0.
+struct alignas(16) Winners {
+  int32_t unit[kNarrowWinners];
+  float activity[kNarrowWinners];
+};
+
 static_assert(sizeof(Places) == kPositions * kNarrowPlaceBytes && sizeof(Tap) == kNarrowTapBytes &&
-              sizeof(Operands) == kNarrowOperandBytes && sizeof(State) == kNarrowStateBytes);
+              sizeof(Operands) == kNarrowOperandBytes && sizeof(State) == kNarrowStateBytes &&
+              sizeof(Winners) == kNarrowStateBytes);
 
 // What is computed from a thread's index that was read by this cannot be kept from an earlier reading: it
 // would take registers through the whole launch.
@@ -234,20 +249,19 @@ __device__ __forceinline__ void place_positions(const Block& block, int step) {
 // The lanes that share a row have a field each.
 template <int kRowLanes>
 __device__ __forceinline__ void copy_states(const Block& block, int step) {
-  const StatePointers& state = block.params.state;
+  const KernelParams& params = block.params;
   const int field = block.thread_modulo(kRowLanes);
-  if (field >= 4) return;
-  const void* source = state.first;
-  if (field == 0) source = state.threshold;
-  if (field == 1) source = state.cut;
-  if (field == 2) source = state.logsumexp;
+  if (field >= kFields) return;
+  const char* source = params.fields.data[3];
+#pragma unroll
+  for (int i = 0; i < 3; ++i) source = field == i ? params.fields.data[i] : source;
 #pragma unroll 1
   for (int i = block.thread(); i < kPositions * kRowLanes; i += block.tiles.threads) {
     const int row = row_of<kRowLanes>(i);
     const int64_t position = block.position_of(step, position_in_row(row));
-    const bool exists = source && position < block.params.positions;
+    const bool exists = source && position < params.positions;
     ptx::cp_async_ca_4(reinterpret_cast<uint32_t*>(block.states(step) + row) + field,
-                       static_cast<const char*>(source) + 4 * position, exists ? 4 : 0);
+                       source + position * params.fields.stride, exists ? 4 : 0);
   }
 }
 
@@ -269,7 +283,7 @@ __device__ __forceinline__ void copy_left(const Block& block, int step) {
     const bool exists = position < params.positions;
     position = exists ? position : 0;
 #pragma unroll 1
-    for (int h = 0; h < params.halves; ++h) {
+    for (int h = 0; h < params.copied_halves; ++h) {
       const char* source = row_in_memory(params.left[h], position);
       char* target = block.left_tile(step) + row * block.tiles.left_pitch + 2 * h * block.tiles.half;
       const int existing = exists ? end : 0;
@@ -476,6 +490,28 @@ __device__ __forceinline__ void activities_of_chunks(char* row, int first_chunk,
   }
 }
 
+// y of a row from its list; NaN where one of its units does not exist. Called by whole warps.
+template <class C, int kRowLanes>
+__device__ __forceinline__ void activities_of_winners(char* row, int lane_in_row, const Winners& list,
+                                                      const KernelParams& params) {
+  constexpr uint32_t kNan = 0x7fff7fff;
+  const uint32_t units = static_cast<uint32_t>(params.units);
+  uint32_t others = 0;
+#pragma unroll
+  for (int i = 0; i < kNarrowWinners; ++i) {
+    if (static_cast<uint32_t>(list.unit[i]) >= units) others = kNan;
+  }
+#pragma unroll 1
+  for (int chunk = lane_in_row; kVector * chunk < params.units; chunk += kRowLanes) {
+    *reinterpret_cast<uint4*>(row + 16 * chunk) = {others, others, others, others};
+  }
+  __syncwarp();
+  if (lane_in_row < params.winners && others == 0) {
+    const uint32_t y = C::Kind::pack(list.activity[lane_in_row], 0.0f);
+    *reinterpret_cast<uint16_t*>(row + 2 * list.unit[lane_in_row]) = static_cast<uint16_t>(y);
+  }
+}
+
 // Of a row, what this thread has copied of it.
 template <class C, int kRowLanes>
 __device__ __forceinline__ void activities_of_row(const Block& block, int step, char* row, int index) {
@@ -483,8 +519,12 @@ __device__ __forceinline__ void activities_of_row(const Block& block, int step, 
   const int first_chunk = block.thread_modulo(kRowLanes), units = params.units;
   const float scale = params.competition.scale;
   const char* elsewhere = reinterpret_cast<const char*>(block.taps());
-  if (!params.state_here) {
-    activities_of_chunks<C, kRowLanes>(row, first_chunk, block.states(step)[index], params);
+  const State* const state = block.states(step) + index;
+  if (params.winners > 0) {
+    const auto* list = reinterpret_cast<const Winners*>(state);
+    activities_of_winners<C, kRowLanes>(row, first_chunk, *list, params);
+  } else if (!params.state_here) {
+    activities_of_chunks<C, kRowLanes>(row, first_chunk, *state, params);
   } else if constexpr (kRowLanes == 8) {
     softmax_of_chunks<C, 8, 2>(row, elsewhere, first_chunk, units, scale);
   } else if (units <= 32) {
@@ -496,8 +536,8 @@ __device__ __forceinline__ void activities_of_row(const Block& block, int step, 
   }
 }
 
-// u becomes y in place, in the chunks that this thread has copied itself. Beyond the positions x is 0, u and
-// the states are too, and y is finite, which is all it need be.
+// u becomes y in place, in the chunks that this thread has copied itself or would have. Beyond the positions
+// x is 0, u and the states are too, and y is finite, which is all it need be.
 template <class C, int kRowLanes>
 __device__ __forceinline__ void make_activities(const Block& block, int step) {
   // the states of a row were copied by several lanes
@@ -667,19 +707,32 @@ NarrowPlan plan_of(const PairParams& params, const DeviceInfo& info) {
   return narrow_plan(problem, info.multiprocessors, info.shared_limit);
 }
 
+Fields fields_of(const PairParams& params) {
+  const auto bytes = [](const auto* data) { return reinterpret_cast<const char*>(data); };
+  if (params.winners == 0) {
+    return {{bytes(params.threshold), bytes(params.cut), bytes(params.logsumexp), bytes(params.first)}, 4};
+  }
+  const auto second = [&](const auto* data) { return params.winners > 1 ? bytes(data + 1) : nullptr; };
+  const int32_t* const unit = params.winner_unit;
+  const float* const activity = params.winner_activity;
+  return {{bytes(unit), second(unit), bytes(activity), second(activity)}, 4 * params.winners};
+}
+
 KernelParams kernel_params(const PairParams& params, const NarrowPlan& plan) {
   const Left first = left_of(params.g ? params.grad : params.u);
   const Left second = left_of(params.a ? params.u : params.grad);
+  const int32_t winners = params.a ? static_cast<int32_t>(params.winners) : 0;
   return {PatchIndex(params, 2),
           static_cast<const char*>(params.x),
           static_cast<int32_t>(params.result_channels),
           static_cast<int32_t>(params.geometry.taps()),
           {first, second},
           params.a ? pair_results(params) - 1 : -1,
-          pair_results(params),
+          pair_results(params) - (winners > 0),
           static_cast<int32_t>(params.units),
           {params.activity, params.selects, params.anti, 1.0f / params.temperature},
-          {params.threshold, params.cut, params.logsumexp, params.first},
+          fields_of(params),
+          winners,
           !params.a || needs_only_softmax(params),
           params.activity == Activity::softmax && !params.selects && !params.anti,
           params.geometry.positions(),
@@ -707,10 +760,11 @@ bool pair_narrow_takes(const PairParams& params, const DeviceInfo& info) {
   const bool small = bits <= kNarrowBits && params.units <= kNarrowUnits &&
                      params.result_channels <= kNarrowChannels &&
                      geometry.taps() * params.result_channels <= kNarrowColumns;
-  const bool rows = (!params.a || is_in_rows(params.u)) && (!params.g || is_in_rows(params.grad));
+  const bool lists = params.winners > 0;
+  const bool rows = (!params.a || lists || is_in_rows(params.u)) && (!params.g || is_in_rows(params.grad));
   return (params.a || params.g) && params.dtype != DType::f32 && geometry.groups == 1 &&
-         geometry.positions() > 0 && small && rows && pair_sizes_fit(params) &&
-         plan_of(params, info).shared <= info.shared_limit;
+         params.winners <= kNarrowWinners && geometry.positions() > 0 && small && rows &&
+         pair_sizes_fit(params) && plan_of(params, info).shared <= info.shared_limit;
 }
 
 int64_t pair_narrow_workspace(const PairParams& params, const DeviceInfo& info) {

@@ -22,6 +22,7 @@ constexpr int kNarrowChannels = 4;
 constexpr int kNarrowBits = 32;       // depths, heights and widths of the kernel together
 constexpr int kNarrowPositions = 64;  // of a step
 constexpr int kNarrowStages = 3;
+constexpr int kNarrowWinners = 2;    // of a position in a list
 constexpr int kNarrowMeeting = 128;  // threads of a depth where there are several, at most
 
 constexpr size_t kNarrowStateBytes = 16;  // of a position

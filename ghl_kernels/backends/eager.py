@@ -230,6 +230,14 @@ def conv_winner_sums(
     return conv_correlate(x, planes, shape, geometry), moments
 
 
+def conv_winner_pair(
+    x: Tensor, unit: Tensor, activity: Tensor, grad_u: Tensor, geometry: Geometry, decay: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As conv_pair, from the winners' lists (P, k)."""
+    A, moments = conv_winner_sums(x, unit, activity, grad_u.shape[1], geometry, decay)
+    return A, moments, conv_grad(x, grad_u, geometry)
+
+
 def gate(
     grad: Tensor, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str
 ) -> Tensor:

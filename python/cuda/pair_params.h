@@ -19,7 +19,8 @@ inline PairParams pair_params(int64_t batch, int64_t channels, int64_t groups, c
                               const Triple& x_stride, int64_t units, uintptr_t u, const Quadruple& u_layout,
                               uintptr_t grad, const Quadruple& grad_layout, int activity, bool selects,
                               bool anti, float temperature, uintptr_t threshold, uintptr_t cut,
-                              uintptr_t logsumexp, uintptr_t first, uintptr_t a, uintptr_t g,
+                              uintptr_t logsumexp, uintptr_t first, uintptr_t winner_unit,
+                              uintptr_t winner_activity, int64_t winners, uintptr_t a, uintptr_t g,
                               const Triple& result_layout, int64_t result_channels, uintptr_t workspace,
                               int form) {
   PairParams params;
@@ -41,6 +42,9 @@ inline PairParams pair_params(int64_t batch, int64_t channels, int64_t groups, c
   params.cut = pointer<const int32_t>(cut);
   params.logsumexp = pointer<const float>(logsumexp);
   params.first = pointer<const int32_t>(first);
+  params.winner_unit = pointer<const int32_t>(winner_unit);
+  params.winner_activity = pointer<const float>(winner_activity);
+  params.winners = winners;
   params.a = pointer<float>(a);
   params.g = pointer<float>(g);
   params.result_layout = filters(result_layout);
@@ -62,8 +66,8 @@ void define_pair_call(py::module_& module, const char* name, Call call) {
               "x_stride_channel"_a, "x_stride"_a = zeros, "units"_a, "u"_a = 0, "u_layout"_a = no_layout,
               "grad"_a = 0, "grad_layout"_a = no_layout, "activity"_a = 0, "selects"_a = false,
               "anti"_a = false, "temperature"_a = 1.0f, "threshold"_a = 0, "cut"_a = 0, "logsumexp"_a = 0,
-              "first"_a = 0, "a"_a = 0, "g"_a = 0, "result_layout"_a, "result_channels"_a = 1,
-              "workspace"_a = 0, "form"_a = 0);
+              "first"_a = 0, "winner_unit"_a = 0, "winner_activity"_a = 0, "winners"_a = 0, "a"_a = 0,
+              "g"_a = 0, "result_layout"_a, "result_channels"_a = 1, "workspace"_a = 0, "form"_a = 0);
 }
 
 }  // namespace ghl::binding

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from oracle import EPS32, LAYOUTS, assert_as_good, embed, guards_intact
 from torch import Tensor
 
-from ghl_kernels import reference
+import ghl_kernels as ghl
+from ghl_kernels import _tape, reference
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
 from ghl_kernels.backends.cuda.kernels import correlate
 from ghl_kernels.backends.cuda.kernels.arguments import addresses, place_of
-from ghl_kernels.backends.gpu.layout import patches, responses
+from ghl_kernels.backends.gpu.layout import Patches, patches, responses
 from ghl_kernels.backends.gpu.state import State, needs
 from ghl_kernels.rule import Competition, HebbianRule
 
@@ -648,6 +649,114 @@ def test_few_columns_are_taken_automatically(cuda: ModuleType) -> None:
     assert not makes_state(x, u, DEEPHEBB, competition, "mma")
     automatic = sums(x, u, grad, DEEPHEBB, None, competition, "automatic")
     assert equal(automatic, sums(x, u, grad, DEEPHEBB, None, competition, "narrow"))
+
+
+# --- the same from lists of winners ----------------------------------------------------------------------
+
+
+def pair_of_lists(
+    x: Tensor, u: Tensor, grad: Tensor, geometry: Geometry, competition: Competition
+) -> tuple[Tensor, Tensor]:
+    unit, activity = eager.winners(u, 1, competition)
+    return correlate.correlate_winners(patches(x, geometry), unit, activity, responses(grad, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("winners", [1, 2])
+@pytest.mark.parametrize("case", FEW_COLUMNS, ids=lambda case: f"{case[1]} of {case[0]}")
+def test_pair_of_lists(dtype: torch.dtype, winners: int, case: tuple[Any, ...]) -> None:
+    channels, units, size, geometry = case
+    x, u, grad = image(units, channels, size, geometry, dtype)
+    for activity in ("linear", "softmax"):
+        rule = HebbianRule(activity=activity, winners=min(winners, units))
+        A, G = pair_of_lists(x, u, grad, geometry, rule.competition(units))
+        shape = (units, channels, *geometry.kernel_size)
+        assert_is(A, reference.compete(u.double(), rule, 1), x, shape, geometry)
+        assert_is(G, grad, x, shape, geometry)
+
+
+@pytest.mark.races
+@pytest.mark.parametrize("winners", [1, 2])
+def test_pair_of_lists_of_many_positions(cuda: ModuleType, winners: int) -> None:
+    x, u, grad = image(96, 3, (15, 17), DEEPHEBB, torch.bfloat16, batch=9)
+    rule = HebbianRule.kwta(winners)
+    competition = rule.competition(96)
+    runs = []
+    for order in ("forward", "reverse", "random"):
+        cuda.schedule(order, 7)
+        runs.append(pair_of_lists(x, u, grad, DEEPHEBB, competition))
+    assert equal(runs[0], runs[1])
+    assert equal(runs[0], runs[2])
+    # what is made of lists is what is made of u
+    assert equal(runs[0], sums(x, u, grad, DEEPHEBB, state_of(u, competition), competition, "narrow"))
+    assert_is(runs[0][0], reference.compete(u.double(), rule, 1), x, (96, 3, 5, 5), DEEPHEBB)
+
+
+def test_pair_of_lists_does_not_hide_nan() -> None:
+    """Nor a unit that does not exist."""
+    x, u, grad = image(20, 3, (6, 6), DEEPHEBB, torch.bfloat16)
+    competition = HebbianRule.kwta(2).competition(20)
+    unit, activity = eager.winners(u, 1, competition)
+    for entry in ((0, 0), (3, 1)):
+        for absent in (-1, 20, 25):
+            wrong = unit.clone()
+            wrong[entry] = absent
+            A, G = correlate.correlate_winners(patches(x, DEEPHEBB), wrong, activity, responses(grad, 1))
+            assert A.isnan().all()
+            assert G.isfinite().all()
+    u[0, 7, 2, 2], grad[0, 9, 3, 3] = float("nan"), float("inf")
+    A, G = pair_of_lists(x, u, grad, DEEPHEBB, competition)
+    assert A.isnan().all()
+    assert torch.equal((~G.isfinite()).flatten(1).any(1), torch.arange(20) == 9)
+
+
+def test_lists_that_no_kernel_takes(cuda: ModuleType) -> None:
+    x, _, grad = image(96, 3, (6, 7), DEEPHEBB, torch.bfloat16)
+    view, rows = patches(x, DEEPHEBB), responses(grad, 1)
+    assert [correlate.takes_winners(view, rows, winners) for winners in (1, 2, 3)] == [True, True, False]
+    assert not correlate.takes_winners(patches(x.float(), DEEPHEBB), responses(grad.float(), 1), 1)
+    assert not correlate.takes_winners(view, responses(grad.contiguous(), 1), 1)
+    unit, activity = torch.zeros(84, 3, dtype=torch.int32), torch.zeros(84, 3)
+    arguments = correlate._arguments(view, None, rows, SOFTMAX.competition(96), 3, "automatic")
+    arguments |= {"winner_unit": unit, "winner_activity": activity, "winners": 3}
+    with pytest.raises(RuntimeError, match="lists of winners are for the narrow form"):
+        correlate._queue(view, rows, {**arguments, "a": torch.zeros(96, 75), "g": torch.zeros(96, 75)})
+
+
+@pytest.mark.parametrize("winners", [1, 2, 3])
+@pytest.mark.parametrize("decay", ["oja", "instar"])
+@pytest.mark.parametrize("gate_at", ["backward", "step"])
+def test_a_first_layer_keeps_lists(
+    monkeypatch: pytest.MonkeyPatch, winners: int, decay: Any, gate_at: Any
+) -> None:
+    """Where they are short, and its gradient is that of the layer that keeps its sums."""
+    torch.manual_seed(0)
+    layer = ghl.GHLConv2d(3, 72, 5, padding=2, rule=HebbianRule.kwta(winners, decay=decay), gate_at=gate_at)
+    layer = layer.bfloat16().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    if gate_at == "step":
+        ghl.StepGate(optimizer, layer)
+    last = {"memory_format": torch.channels_last}
+    x, e = (torch.randn(2, units, 9, 8).bfloat16().contiguous(**last) for units in (3, 72))
+    calls: list[Tensor] = []
+    summed = correlate.correlate_winners
+
+    def count(x: Patches, unit: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        calls.append(unit)
+        return summed(x, unit, *others)
+
+    monkeypatch.setattr(correlate, "correlate_winners", count)
+    found = []
+    for backend in ("cuda", "eager"):
+        with ghl.use_backend(backend), _tape.bypassed():
+            optimizer.zero_grad()
+            layer(x).backward(e)
+            optimizer.step()
+            found.append(layer.weight.grad.float())
+    assert len(calls) == (winners < 3 and decay == "oja")
+    # a gradient that is all but zero may have another sign
+    torch.testing.assert_close(found[0].abs(), found[1].abs(), rtol=0.02, atol=0.01)
+    assert (found[0].sign() == found[1].sign()).float().mean() > 0.99
 
 
 REFUSED = {

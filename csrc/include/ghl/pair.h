@@ -38,8 +38,8 @@ struct PairParams {
   int64_t x_stride[3] = {0, 0, 0};
 
   int64_t units = 0;  // of all groups
-  Responses u;        // data null: A is not wanted
-  Responses grad;     // data null: G is not wanted
+  Responses u;
+  Responses grad;
 
   Activity activity = Activity::softmax;
   bool selects = false;  // only winners are active
@@ -52,8 +52,14 @@ struct PairParams {
   const float* logsumexp = nullptr;
   const int32_t* first = nullptr;
 
-  // [units, result_channels, taps], strides in elements; overwritten. Channels of a group from
-  // result_channels on are padding of x.
+  // In place of u and of a state: the winners of every position, [positions, winners]. A unit that does not
+  // exist makes all activities there NaN. The narrow form alone takes them.
+  const int32_t* winner_unit = nullptr;
+  const float* winner_activity = nullptr;
+  int64_t winners = 0;  // 0: u is given
+
+  // [units, result_channels, taps], strides in elements; overwritten; null: not wanted. Channels of a group
+  // from result_channels on are padding of x.
   float* a = nullptr;
   float* g = nullptr;
   Filters result_layout;
@@ -66,8 +72,9 @@ struct PairParams {
 // Whether A's activity needs a state that is not given.
 inline bool lacks_state(const PairParams& params) {
   const bool softmax = params.activity == Activity::softmax;
-  return params.a && ((softmax && !params.logsumexp) || (params.anti && !params.first) ||
-                      ((params.selects || !softmax) && !params.threshold) || (params.selects && !params.cut));
+  return params.a && params.winners == 0 &&
+         ((softmax && !params.logsumexp) || (params.anti && !params.first) ||
+          ((params.selects || !softmax) && !params.threshold) || (params.selects && !params.cut));
 }
 
 int64_t pair_cuda_workspace(const PairParams& params, int device);

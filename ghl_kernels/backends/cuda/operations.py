@@ -35,6 +35,14 @@ class CudaOperations(Operations):
         assert A is not None
         return A.view(shape), None if G is None else G.view(shape)
 
+    def correlate_winners(
+        self, x: Patches, unit: Tensor, activity: Tensor, grad_u: Responses
+    ) -> tuple[Tensor, Tensor]:
+        return correlate.correlate_winners(x, unit, activity, grad_u)
+
+    def takes_winners(self, x: Patches, grad_u: Responses, winners: int) -> bool:
+        return correlate.takes_winners(x, grad_u, winners)
+
     def takes_few_channels(self, x: Patches, u: Responses, grad_u: Responses | None) -> bool:
         return correlate.takes_few_columns(x, u, grad_u)
 

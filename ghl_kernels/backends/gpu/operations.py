@@ -27,7 +27,7 @@ _ALIGNED_CHANNELS = 8  # of 16 bits: one 16-byte load
 
 
 class Operations(abc.ABC):
-    """All operations, from kernels with the same functions and four decisions of the backend."""
+    """All operations, from kernels with the same functions, and what the backend decides."""
 
     # modules, or what has their functions
     competing: Any  # activities, state, full_state, winner_lists, activity_sums
@@ -46,6 +46,16 @@ class Operations(abc.ABC):
         shape: tuple[int, ...],
     ) -> tuple[Tensor, Tensor | None]:
         """A and G by the fused kernel, contiguous and of the weight's shape; x may have padded channels."""
+
+    @abc.abstractmethod
+    def correlate_winners(
+        self, x: Patches, unit: Tensor, activity: Tensor, grad_u: Responses
+    ) -> tuple[Tensor, Tensor]:
+        """As correlate, from lists of winners that takes_winners says yes to."""
+
+    def takes_winners(self, x: Patches, grad_u: Responses, winners: int) -> bool:
+        """Whether A, from lists of so many winners, and G are the sums of one kernel; x as it is."""
+        return False
 
     def takes_few_channels(self, x: Patches, u: Responses, grad_u: Responses | None) -> bool:
         """Whether the fused kernel takes an input of few channels as it is, whatever its layout."""
@@ -131,6 +141,27 @@ class Operations(abc.ABC):
         shape = (units, x.shape[1] // geometry.groups, *geometry.kernel_size)
         x = _channels_last(x)
         return self._winner_sums(x, patches(x, geometry), unit, activity, shape, geometry.groups, decay)
+
+    def conv_winner_pair(
+        self,
+        x: Tensor,
+        unit: Tensor,
+        activity: Tensor,
+        grad_u: Tensor,
+        geometry: Geometry,
+        decay: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As conv_pair, from the winners' lists (P, k)."""
+        units, groups = grad_u.shape[1], geometry.groups
+        raw, grad = patches(x, geometry), responses(grad_u, 1)
+        empty = x.numel() == 0 or unit.numel() == 0
+        if empty or decay not in ("oja", "none") or not self.takes_winners(raw, grad, unit.shape[1]):
+            A, moments = self.conv_winner_sums(x, unit, activity, units, geometry, decay)
+            return A, moments, self.conv_grad(x, grad_u, geometry)
+        moments = eager.new_moments(units, groups, decay, unit.shape[0], torch.float32, x.device)
+        A, G = self.correlate_winners(raw, unit, activity, grad)
+        shape = (units, x.shape[1] // groups, *geometry.kernel_size)
+        return A.view(shape), moments, G.view(shape)
 
     def delta(
         self, A: Tensor, moments: Tensor, weight: Tensor, groups: int, decay: str, normalize: str

@@ -41,6 +41,14 @@ class TritonOperations(Operations):
         assert A is not None
         return A.view(shape), None if G is None else G.view(shape)
 
+    def correlate_winners(
+        self, x: Patches, unit: Tensor, activity: Tensor, grad_u: Responses
+    ) -> tuple[Tensor, Tensor]:
+        return CUDA_OPERATIONS.correlate_winners(x, unit, activity, grad_u)
+
+    def takes_winners(self, x: Patches, grad_u: Responses, winners: int) -> bool:
+        return choice.may_take_cuda(x.tensor) and CUDA_OPERATIONS.takes_winners(x, grad_u, winners)
+
     def takes_few_channels(self, x: Patches, u: Responses, grad_u: Responses | None) -> bool:
         problem = _problem(x, u.units, pair=grad_u is not None)
         prefers_cuda = config.prefers_few_channels(problem, arch_of(x.tensor.device))

@@ -77,13 +77,26 @@ def correlate(
     A = new_sum(x, some.units, channels) if u else None
     G = new_sum(x, some.units, channels) if grad else None
     arguments = _arguments(x, u, grad, competition, channels, form)
-    arguments |= {**state_arguments(state), "a": A, "g": G}
+    _queue(x, some, {**arguments, **state_arguments(state), "a": A, "g": G})
+    return A, G
+
+
+def correlate_winners(x: Patches, unit: Tensor, activity: Tensor, grad: Responses) -> tuple[Tensor, Tensor]:
+    """A from the winners' lists (P, k), and G, as correlate; what takes_winners says yes to."""
+    A, G = (new_sum(x, grad.units, x.channels) for _ in range(2))
+    lists = {"winner_unit": unit.contiguous(), "winner_activity": activity.contiguous()}
+    arguments = _arguments(x, None, grad, _ANY, x.channels, "narrow")
+    _queue(x, grad, {**arguments, **lists, "winners": unit.shape[1], "a": A, "g": G})
+    return A, G
+
+
+def _queue(x: Patches, some: Responses, arguments: dict[str, Any]) -> None:
+    """Queue the kernel, with the memory that it works in."""
     size = _native.load_cuda().pair_workspace(**addresses(arguments), **place_of(x.tensor))
     columns = x.taps * x.channels
     what = f"the sums of {some.units} units over {columns} inputs at {some.positions} positions"
     scratch = workspace((-(-size // 4),), x.tensor.device, what) if size else None
     queue(_native.load_cuda().pair, **arguments, workspace=scratch)
-    return A, G
 
 
 def makes_state(
@@ -103,6 +116,15 @@ def takes_few_columns(x: Patches, u: Responses, grad: Responses | None) -> bool:
     """Whether an automatic choice is the kernel for few columns and units, for which x need not be padded."""
     arguments = _described(x, u, grad, _ANY, x.channels, "automatic")
     return bool(_native.load_cuda().pair_form(**arguments, **place_of(x.tensor)) == FORM["narrow"])
+
+
+def takes_winners(x: Patches, grad: Responses, winners: int) -> bool:
+    """Whether A from so many winners of each position and G are the sums of one kernel."""
+    # their addresses are not asked for either
+    arguments = _arguments(x, None, grad, _ANY, x.channels, "automatic")
+    arguments |= {"winners": winners, "a": x.tensor, "g": x.tensor}
+    form = _native.load_cuda().pair_form(**addresses(arguments), **place_of(x.tensor))
+    return bool(form == FORM["narrow"])
 
 
 def _described(
