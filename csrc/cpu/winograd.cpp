@@ -18,6 +18,7 @@
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 #include "cpu/sizes.h"
+#include "cpu/taps.h"
 #include "cpu/window.h"
 
 namespace ghl::GHL_ISA {
@@ -251,50 +252,8 @@ GHL_INLINE Three bound_back(const Floats (&m)[4]) {
   return {magnitude(m[0]) + sum, sum, magnitude(m[3]) + sum};
 }
 
-// One tap by the definition, in double precision.
-struct Tap {
-  int64_t unit;     // of all
-  int64_t channel;  // of all
-  int64_t row;      // of the kernel
-  int64_t column;
-};
-
-template <class X, class Y>
-float sum_tap(const WinogradParams& params, const Tap& tap) {
-  const int64_t row_shift = tap.row - params.padding[0];
-  const int64_t column_shift = tap.column - params.padding[1];
-  const int64_t first = max(0, -column_shift);
-  const int64_t end = min(params.out_size(1), params.in_size[1] - column_shift);
-  double sum = 0.0;
-  for (int64_t image = 0; image < params.batch; ++image) {
-    const X* const x = static_cast<const X*>(params.x) + image * params.x_layout.stride_batch +
-                       tap.channel * params.x_layout.stride_unit;
-    const Y* const y = static_cast<const Y*>(params.y) + image * params.y_layout.stride_batch +
-                       tap.unit * params.y_layout.stride_unit;
-    for (int64_t row = max(0, -row_shift); row < min(params.out_size(0), params.in_size[0] - row_shift);
-         ++row) {
-      const X* const inputs = x + (row + row_shift) * params.in_size[1] * params.x_layout.stride_position;
-      const Y* const outputs = y + row * params.out_size(1) * params.y_layout.stride_position;
-      for (int64_t column = first; column < end; ++column) {
-        sum +=
-            static_cast<double>(to_float(inputs[(column + column_shift) * params.x_layout.stride_position])) *
-            static_cast<double>(to_float(outputs[column * params.y_layout.stride_position]));
-      }
-    }
-  }
-  return static_cast<float>(sum);
-}
-
-float sum_tap(const WinogradParams& params, const Tap& tap) {
-  const bool x_is_bf16 = params.x_dtype == DType::bf16;
-  if (params.y_dtype == DType::bf16) {
-    return x_is_bf16 ? sum_tap<BFloat16, BFloat16>(params, tap) : sum_tap<float, BFloat16>(params, tap);
-  }
-  return x_is_bf16 ? sum_tap<BFloat16, float>(params, tap) : sum_tap<float, float>(params, tap);
-}
-
 // The nine taps of one unit and sixteen channels: from channel on, of which count exist.
-void put_taps(const WinogradParams& params, const Plan& plan, const float* m, int64_t unit, int64_t channel,
+void put_taps(const WinogradParams& params, const Plan& plan, const float* m, Unit* unit, int64_t channel,
               int count, float* a) {
   Three rows[4];
   Three bounds[4];
@@ -308,7 +267,7 @@ void put_taps(const WinogradParams& params, const Plan& plan, const float* m, in
     bounds[i] = bound_back(components);
   }
   alignas(64) float taps[kTaps][kLanes];
-  uint32_t doubtful[kTaps];
+  uint32_t doubtful[kTaps], any = 0;
 #pragma GCC unroll 3
   for (int j = 0; j < 3; ++j) {
     const Three column = transform_back({rows[0].at[j], rows[1].at[j], rows[2].at[j], rows[3].at[j]});
@@ -317,13 +276,14 @@ void put_taps(const WinogradParams& params, const Plan& plan, const float* m, in
     for (int i = 0; i < 3; ++i) {
       store(taps[3 * i + j], column.at[i]);
       doubtful[3 * i + j] = lane_bits(magnitude(column.at[i]) < bound.at[i] * broadcast(kDoubtful));
+      any |= doubtful[3 * i + j];
     }
   }
-  for (int tap = 0; tap < kTaps; ++tap) {
-    for (uint32_t bits = doubtful[tap] & ((1u << count) - 1u); bits != 0; bits &= bits - 1) {
-      const int lane = __builtin_ctz(bits);
-      taps[tap][lane] = sum_tap(params, {unit, channel + lane, tap / 3, tap % 3});
-    }
+  for (any &= (1u << count) - 1u; any != 0; any &= any - 1) {
+    const int lane = __builtin_ctz(any);
+    uint32_t of_lane = 0;
+    for (int tap = 0; tap < kTaps; ++tap) of_lane |= (doubtful[tap] >> lane & 1u) << tap;
+    sum_again(params, unit, channel + lane, of_lane, taps[0] + lane);
   }
   const Filters& layout = params.a_layout;
   for (int lane = 0; lane < count; ++lane) {
@@ -363,8 +323,9 @@ void put_unit(const WinogradParams& params, const Plan& plan, const Block& block
   const Filters& layout = params.a_layout;
   m += (row / kLanes * plan.block_channels * kLanes + row % kLanes) * kLanes;
   float* const a = params.a + (block.unit + row) * layout.stride_unit;
+  Unit unit(params, block.unit + row);
   for (int64_t channel = block.channel; channel < block.channel_end; channel += kLanes) {
-    put_taps(params, plan, m + (channel - block.channel) * kLanes, block.unit + row, channel,
+    put_taps(params, plan, m + (channel - block.channel) * kLanes, &unit, channel,
              static_cast<int>(min(kLanes, block.channel_end - channel)),
              a + (channel - block.first_channel) * layout.stride_channel);
   }

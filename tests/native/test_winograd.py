@@ -265,6 +265,28 @@ def test_a_sign_is_that_of_the_own_products(isa: str, kind: str) -> None:
         assert not A[terms == 0].any()
 
 
+@pytest.mark.parametrize("layouts", [("nchw", "nchw"), ("nhwc", "nchw"), ("nchw", "nhwc")], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("few", ["none", "y", "x", "both"])
+def test_products_that_never_meet_have_no_sum(
+    isa: str, few: str, dtype: torch.dtype, layouts: tuple[str, str]
+) -> None:
+    """Inputs and positions in every other column: two of three taps multiply zeros in every tile."""
+    conv = Conv(3, 20, 18, (21, 22), (1, 1))
+    x, y = tensors(conv, layouts, dtype)
+    x[..., 1::2], y[..., 1::2] = 0.0, 0.0
+    for name, tensor in (("x", x), ("y", y)):
+        if few in (name, "both"):
+            kept = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(2)) < 0.1
+            tensor.mul_(kept)
+    A = native(conv, x, y, layouts)
+    check(conv, x, y, A)
+    assert not A[..., 0].any()
+    assert not A[..., 2].any()
+    assert torch.equal(A[..., 1] != 0, definition(conv, x, y)[..., 1] != 0)
+    assert A[..., 1].any()
+
+
 def test_taps_that_see_padding_alone_have_no_sum(isa: str) -> None:
     """One row of positions: the taps above and below it lie in the zeros."""
     conv = Conv(4, 16, 16, (1, 11))
