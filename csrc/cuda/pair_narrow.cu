@@ -507,8 +507,9 @@ __device__ __forceinline__ void activities_of_winners(char* row, int lane_in_row
   }
   __syncwarp();
   if (lane_in_row < params.winners && others == 0) {
-    const uint32_t y = C::Kind::pack(list.activity[lane_in_row], 0.0f);
-    *reinterpret_cast<uint16_t*>(row + 2 * list.unit[lane_in_row]) = static_cast<uint16_t>(y);
+    const auto y = static_cast<uint16_t>(C::Kind::pack(list.activity[lane_in_row], 0.0f));
+    // two winners of a position that does not exist are one unit of activity 0
+    if (y != 0) *reinterpret_cast<uint16_t*>(row + 2 * list.unit[lane_in_row]) = y;
   }
 }
 
