@@ -63,9 +63,8 @@ def make_plan(
     can_be_sparse = rule.decay in ("oja", "none", "instar")
     is_sparse = bool(can_be_sparse and _dispatch.prefers_sparse(*choice))
     needs_grad = rule.gate == "sign"
-    pairs_lists = needs_grad and rule.decay in ("oja", "none")
     given = weight, geometry, competition.winners, dtype or weight.dtype
-    pairs_lists = pairs_lists and _dispatch.pairs_winners(*given)
+    pairs_lists = needs_grad and rule.decay in ("oja", "none") and _dispatch.pairs_winners(*given)
     if pairs_lists or (is_sparse and _dispatch.keeps_winners(*choice)):
         keeps = "winners"
     else:

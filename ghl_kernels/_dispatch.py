@@ -15,6 +15,7 @@ import torch
 
 from ghl_kernels import _processor
 from ghl_kernels._geometry import Geometry, is_by_tap
+from ghl_kernels.backends.gpu.layout import FEW_CHANNELS
 
 logger = logging.getLogger("ghl_kernels")
 
@@ -117,7 +118,7 @@ def pairs_winners(weight: torch.Tensor, geometry: Geometry | None, winners: int,
     csrc/cuda/pair_narrow.cu; that responses lie in rows is seen by the weight, which then does too.
     """
     units, channels = weight.shape[:2]
-    if geometry is None or geometry.groups > 1 or not 1 < channels <= 4 or units > 128:
+    if geometry is None or geometry.groups > 1 or not 1 < channels <= FEW_CHANNELS or units > 128:
         return False
     if dtype not in (torch.bfloat16, torch.float16) or not 0 < winners <= min(2, _WORTH_KEEPING * units):
         return False

@@ -323,7 +323,7 @@ void put_unit(const WinogradParams& params, const Plan& plan, const Block& block
   const Filters& layout = params.a_layout;
   m += (row / kLanes * plan.block_channels * kLanes + row % kLanes) * kLanes;
   float* const a = params.a + (block.unit + row) * layout.stride_unit;
-  Unit unit(params, block.unit + row);
+  Unit unit(block.unit + row);
   for (int64_t channel = block.channel; channel < block.channel_end; channel += kLanes) {
     put_taps(params, plan, m + (channel - block.channel) * kLanes, &unit, channel,
              static_cast<int>(min(kLanes, block.channel_end - channel)),

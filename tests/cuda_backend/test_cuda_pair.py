@@ -15,7 +15,7 @@ from oracle import EPS32, LAYOUTS, assert_as_good, embed, guards_intact
 from torch import Tensor
 
 import ghl_kernels as ghl
-from ghl_kernels import _tape, reference
+from ghl_kernels import _dispatch, _tape, reference
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
 from ghl_kernels.backends.cuda.kernels import correlate
@@ -721,6 +721,22 @@ def test_lists_that_no_kernel_takes(cuda: ModuleType) -> None:
     arguments |= {"winner_unit": unit, "winner_activity": activity, "winners": 3}
     with pytest.raises(RuntimeError, match="lists of winners are for the narrow form"):
         correlate._queue(view, rows, {**arguments, "a": torch.zeros(96, 75), "g": torch.zeros(96, 75)})
+
+
+@pytest.mark.parametrize(
+    ("units", "channels", "kernel"),
+    [(128, 4, (5, 8)), (128, 4, (40,)), (40, 2, (30,)), (40, 2, (5, 5, 3)), (40, 4, (1, 1))],
+)
+def test_lists_are_kept_where_a_kernel_takes_them(units: int, channels: int, kernel: tuple[int, ...]) -> None:
+    """At the limits of the plan, which does not ask the kernel."""
+    dims = len(kernel)
+    geometry = Geometry(kernel, (1,) * dims, (0,) * dims, (1,) * dims, 1)
+    x, _, grad = image(units, channels, tuple(size + 2 for size in kernel), geometry, torch.bfloat16)
+    weight = torch.zeros(units, *kernel, channels).movedim(-1, 1)
+    with ghl.use_backend("cuda"):
+        is_kept = _dispatch.pairs_winners(weight, geometry, 1, x.dtype)
+    assert is_kept == (sum(kernel) + 3 - dims <= 32)
+    assert correlate.takes_winners(patches(x, geometry), responses(grad, 1), 1) == is_kept
 
 
 @pytest.mark.parametrize("winners", [1, 2, 3])

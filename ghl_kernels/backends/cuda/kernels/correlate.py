@@ -114,17 +114,17 @@ def makes_state(
 
 def takes_few_columns(x: Patches, u: Responses, grad: Responses | None) -> bool:
     """Whether an automatic choice is the kernel for few columns and units, for which x need not be padded."""
-    arguments = _described(x, u, grad, _ANY, x.channels, "automatic")
-    return bool(_native.load_cuda().pair_form(**arguments, **place_of(x.tensor)) == FORM["narrow"])
+    return _is_narrow(x, _described(x, u, grad, _ANY, x.channels, "automatic"))
 
 
 def takes_winners(x: Patches, grad: Responses, winners: int) -> bool:
     """Whether A from so many winners of each position and G are the sums of one kernel."""
-    # their addresses are not asked for either
-    arguments = _arguments(x, None, grad, _ANY, x.channels, "automatic")
-    arguments |= {"winners": winners, "a": x.tensor, "g": x.tensor}
-    form = _native.load_cuda().pair_form(**addresses(arguments), **place_of(x.tensor))
-    return bool(form == FORM["narrow"])
+    described = _described(x, None, grad, _ANY, x.channels, "automatic")
+    return _is_narrow(x, described | {"winners": winners, "a": described["g"]})
+
+
+def _is_narrow(x: Patches, described: dict[str, Any]) -> bool:
+    return bool(_native.load_cuda().pair_form(**described, **place_of(x.tensor)) == FORM["narrow"])
 
 
 def _described(
