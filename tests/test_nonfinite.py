@@ -53,6 +53,21 @@ def test_a_nan_makes_its_position_nan(
     assert torch.equal(y.isnan(), bad.unsqueeze(1).expand(7, 37))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["rows", "planes"])
+def test_a_nan_among_many_winners(backend: str, dtype: torch.dtype, layout: str) -> None:
+    """A threshold that is searched for step by step is found, in the other positions too."""
+    u = torch.randn(18, 131).to(dtype)
+    u[2, 0] = u[5, 130] = u[17, 64] = NAN
+    u[9] = NAN
+    for winners in (65, 90, 130):
+        rule = HebbianRule.kwta(winners)
+        across = u.t().contiguous() if layout == "planes" else u
+        y = functional.compete(across, rule, 0 if layout == "planes" else 1)
+        expected = reference.compete(u, rule)
+        assert same_with_nan(y.t() if layout == "planes" else y, expected)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("values", [[INF], [-INF], [INF, INF], [INF, -INF], [-INF] * 37])
 @pytest.mark.parametrize("layout", ["rows", "planes"])

@@ -218,7 +218,8 @@ Floats smallest_at_least(const float* group, int64_t units, Floats pivot) {
 }
 
 // Invariant: at least `winners` units are >= low, and `above` < winners are >= high. A lane is done when
-// low and high are neighbors (low is the threshold), or as soon as exactly the winners are >= low.
+// low and high are neighbors (low is the threshold), or as soon as exactly the winners are >= low. It then
+// stays as it is while others go on; so does a lane with a NaN, for which nothing of this holds.
 template <int dropped_bits>
 Selection select_by_bisection(const float* group, int64_t units, int64_t winners, const Extremes& extremes) {
   const Ints one = broadcast(int32_t{1});
@@ -226,10 +227,11 @@ Selection select_by_bisection(const float* group, int64_t units, int64_t winners
   Ints low = select(extremes.nan, one, order_key<dropped_bits>(find_smallest(group, units)));
   Ints high = select(extremes.nan, one, order_key<dropped_bits>(extremes.largest)) + one;
   Ints above = broadcast(int32_t{0});
+  const Mask numbers = ~extremes.nan;
   while (!all(high - low == one)) {
     const Ints middle = low + shift_right_unsigned<1>(high - low);
     const Ints count = count_at_least(group, units, float_of_key<dropped_bits>(middle));
-    const Mask too_few = wanted > count;
+    const Mask too_few = (wanted > count) & numbers;
     const Mask exact = wanted == count;
     low = select(too_few, low, middle);
     high = select(too_few, middle, select(exact, middle + one, high));
