@@ -1,5 +1,5 @@
 // What the forms of the pair [y; dL/du]^T x share: element types, where a patch lies in x, and the contract
-// between pair.cu, pair_narrow.cu and pair_sm90.cu.
+// between pair.cu, which chooses among them, and pair_mma.cu, pair_narrow.cu and pair_sm90.cu.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +14,13 @@
 #include "ghl/pair.h"
 
 namespace ghl {
+
+// The form for every shape, by mma.sync.
+int64_t pair_mma_workspace(const PairParams& params, const DeviceInfo& info);  // bytes
+Status pair_mma(const PairParams& params, const DeviceInfo& info, Stream stream);
+// Whether its kernel computes the state itself, which it can where a half of its tile holds all units of a
+// position, in neighboring lanes.
+bool pair_mma_makes_state(const PairParams& params);
 
 // The form for sm_90 (wgmma and TMA). pair_cuda calls it on devices of capability 90 where it takes the
 // problem, unless PairParams::form says otherwise.

@@ -1,9 +1,9 @@
 // The pair [y; dL/du]^T x, and how it would be cut.
 #include "ghl/pair.h"
 
+#include "cuda/pair_mma_plan.h"
 #include "cuda/pair_narrow_plan.h"
 #include "cuda/pair_params.h"
-#include "cuda/pair_plan.h"
 
 namespace ghl::binding {
 namespace {
