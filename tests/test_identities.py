@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import ghl_kernels as ghl
 from ghl_kernels import HebbianRule, functional
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.broad]
 
 DECAYS = ("oja", "instar", "none", "subspace", "sanger")
 RULES = [

@@ -66,7 +66,7 @@ def test_a_taped_operation_is_the_same_bit_for_bit(
     taping: None, poison: None, tapes: dict[Any, Any], name: str
 ) -> None:
     """Played on values that it was not made from: results, dtypes and strides."""
-    for arguments in samples(name, torch.float32)[::2]:
+    for arguments in samples(name, torch.float32)[::4]:
         getattr(ops, name)(*arguments)
         others = tuple(map(_other_values, arguments))
         count = len(tapes)
