@@ -70,7 +70,7 @@ class BackendStatus(NamedTuple):
 
 
 class _Choice:
-    name = os.environ.get("GHL_BACKEND", "auto")
+    name = os.environ.get("GHL_BACKEND") or "auto"
 
 
 _logged: set[str] = set()
@@ -114,24 +114,34 @@ def computes_pairs(device_type: str) -> bool:
 def pairs_winners(weight: torch.Tensor, geometry: Geometry | None, winners: int, dtype: torch.dtype) -> bool:
     """Whether A from the winners' lists and G are summed together: CUDA's kernel for first layers does so.
 
-    A by itself would need u again, or x, gathered an element at a time. What the kernel takes is in
-    csrc/cuda/pair_narrow.cu; that responses lie in rows is seen by the weight, which then does too.
+    A by itself would need u again, or x, gathered an element at a time. That x and the responses will be in
+    channels_last is seen by the weight, which then is too; of a single tap it does not show.
     """
     units, channels = weight.shape[:2]
-    if geometry is None or geometry.groups > 1 or not 1 < channels <= FEW_CHANNELS or units > 128:
+    if geometry is None or geometry.groups > 1 or not 1 < channels <= FEW_CHANNELS:
         return False
-    if dtype not in (torch.bfloat16, torch.float16) or not 0 < winners <= min(2, _WORTH_KEEPING * units):
+    if (
+        not 0 < winners <= _WORTH_KEEPING * units
+        or not is_by_tap(weight)
+        or math.prod(geometry.kernel_size) == 1
+    ):
         return False
-    kernel = (*geometry.kernel_size, 1, 1)[:3]
-    fits = channels * math.prod(kernel) <= 160 and sum(kernel) <= 32 and is_by_tap(weight)
-    return fits and _runs_on_cuda(weight.device.type, dtype)
+    return _pairs_lists(weight.device, dtype, units, channels, geometry.kernel_size, winners)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _runs_on_cuda(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether the CUDA backend may and can run an operation."""
-    names = _PREFERENCE.get(device_type, ()) if is_automatic() else (_Choice.name,)
-    return "cuda" in names and not _load("cuda").refusal(torch.device(device_type), dtype)
+def _pairs_lists(
+    device: torch.device, dtype: torch.dtype, units: int, channels: int, kernel: tuple[int, ...], winners: int
+) -> bool:
+    """Whether the CUDA backend may and can sum A and G of such a layer from lists."""
+    names = _PREFERENCE.get(device.type, ()) if is_automatic() else (_Choice.name,)
+    if "cuda" not in names or _load("cuda").refusal(device, dtype):
+        return False
+    return bool(_load("cuda").pairs_lists(device, dtype, units, channels, kernel, winners))
+
+
+# For a compiler, which cannot trace it. torch.compiler.assume_constant_result does the same, and loads all of
+# the compiler and Triton for it, whenever this package is imported.
+_pairs_lists._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def sums_grads(device_type: str, kind: str, group_units: int, weights: int) -> bool:
@@ -207,12 +217,18 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
 def tape_settings(device: torch.device, dtype: torch.dtype) -> Hashable:
     """What the choices of an operation on such tensors depend on; None where none is taped, see _tape.py."""
     names = _PREFERENCE.get(device.type, ()) if is_automatic() else (_Choice.name,)
-    for name in names:
+    for name in names if _tapes(names) else ():
         module = _load(name)
         if not module.refusal(device, dtype):
             settings = getattr(module, "tape_settings", None)
             return None if settings is None else (_Choice.name, name, settings(device, dtype))
     return None
+
+
+@functools.cache
+def _tapes(names: tuple[str, ...]) -> bool:
+    """Whether one of these backends does."""
+    return any(hasattr(_load(name), "tape_settings") for name in names)
 
 
 def select_with(operation: str, device: torch.device, dtype: torch.dtype) -> ModuleType:

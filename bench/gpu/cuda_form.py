@@ -43,8 +43,11 @@ def sound() -> Iterator[None]:
         yield
 
 
-def _few_columns(form: str) -> contextlib.AbstractContextManager[Any]:
-    """The other forms get an input of few channels as they would if there were none for it: padded."""
-    if form in ("automatic", "narrow"):
-        return contextlib.nullcontext()
-    return mock.patch.object(correlate, "takes_few_columns", return_value=False)
+@contextlib.contextmanager
+def _few_columns(form: str) -> Iterator[None]:
+    """The other forms get an input of few channels as if there were none for it: padded, and no lists."""
+    with contextlib.ExitStack() as replaced:
+        if form not in ("automatic", "narrow"):
+            for asked in ("takes_few_columns", "takes_winners", "pairs_lists"):
+                replaced.enter_context(mock.patch.object(correlate, asked, return_value=False))
+        yield

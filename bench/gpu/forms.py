@@ -118,7 +118,7 @@ def _tests() -> ModuleType:
 def _cases(this: Stage, form: str, tests: ModuleType) -> list[tuple[str, Any]]:
     if form == "narrow":
         few = _few_columns(tests)
-        return list(few.items())[: 2 if this.dry else 5 if this.small else None]
+        return list(few.items())[: 3 if this.dry else 6 if this.small else None]
     names = FEWEST if this.dry else FEW if this.small else tuple(tests.CASES)
     cases = {name: tests.CASES[name] for name in names if not tests.CASES[name].channels_last_result}
     if form == "mma":
@@ -137,10 +137,14 @@ def _few_columns(tests: ModuleType) -> dict[str, Any]:
     return {
         "one channel and one unit": tests.Case(2, 1, 1, size=(1, 4, 5), kernel=(1, 3, 3)),
         "image": image,
+        "lists of two": change(winners=2),
         "winners and anti": change(winners=4, anti=True),
         "A alone": change(wants="a"),
         "G alone": change(wants="g"),
         "half": change(dtype=torch.float16, batch=40),
+        "lists of one, half": change(winners=1, dtype=torch.float16, batch=40),
+        "lists of one, 64 units": change(winners=1, units=64, kernel=(1, 3, 3), padding=(0, 1, 1)),
+        "lists of two, most units and columns": change(winners=2, units=128, channels=4, kernel=(1, 5, 8)),
         "ResNet": change(units=64, kernel=(1, 7, 7), padding=(0, 3, 3), stride=(1, 2, 2), size=(1, 61, 60)),
         "3 x 3": change(units=64, kernel=(1, 3, 3), padding=(0, 1, 1), batch=90),
         "16 units": change(units=16, kernel=(1, 3, 3), padding=(0, 1, 1)),
@@ -159,7 +163,10 @@ def _check(this: Stage, tests: ModuleType, form: str, name: str, case: Any) -> N
     made = tests.problem(case)
     poison(this.device)
     with mock.patch.object(correlate, "takes_tf32", return_value=tf32):
-        A, G = _run(this.device, case, made, form)
+        if name.startswith("lists"):
+            A, G = _run_lists(this.device, case, made, tests.activity(made))
+        else:
+            A, G = _run(this.device, case, made, form)
     x = tests.patches(case, made.x)[:, : case.result_channels]
     row: dict[str, Any] = {"form": form, "case": name}
     for wanted, result, left in (("A", A, tests.activity(made)), ("G", G, made.grad.double())):
@@ -202,6 +209,15 @@ def _run(device: torch.device, case: Any, made: Any, form: str) -> tuple[Tensor 
         state = None if correlate.makes_state(x, u, grad, competition, channels, form) else state
     given = state if u is not None else None
     return correlate.correlate(x, u, grad, given, competition, channels=channels, form=form)
+
+
+def _run_lists(device: torch.device, case: Any, made: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    """From the winners of y in place of u."""
+    unit = y.topk(case.winners).indices.sort().values
+    lists = (unit.int().to(device), y.gather(1, unit).float().to(device))
+    geometry = Geometry(case.kernel, case.stride, case.padding, case.dilation, case.groups)
+    x = patches(_moved(made.x, device).movedim(-1, 1), geometry)
+    return correlate.correlate_winners(x, *lists, responses(_moved(made.grad, device), 1))
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -129,6 +129,8 @@ RULES = {
     "two softmax winners": HebbianRule(winners=2),
 }
 MAIN_RULES = ("softmax", "kwta")
+# With so few winners a kernel of the CUDA backend sums A and G of a first layer from their lists.
+LIST_RULES = ("binary", "two softmax winners")
 WIDE_RULES = ("kwta", "kwta 30")
 
 
@@ -197,11 +199,29 @@ def _backends(this: Stage) -> list[str]:
 def combinations(this: Stage, backend: str) -> Iterator[tuple[Layer, str, str]]:
     """(layer, rule, dtype) of the sweep of a backend."""
     if backend == "cuda":
+        yield from _of_lists(this.small)
         layers = TINY_HOPPER if this.dry else SMALL_HOPPER if this.small else HOPPER
         yield from itertools.product(layers, ("kwta",) if this.small else MAIN_RULES, ("bf16",))
         yield from itertools.product(() if this.dry else WIDE, WIDE_RULES, ("bf16",))
         yield from itertools.product(() if this.small else (*layers, *WIDE), ("kwta",), ("fp16", "fp32"))
     yield from _of_all(this.small)
+
+
+def _of_lists(small: bool) -> Iterator[tuple[Layer, str, str]]:
+    layers = SMALL if small else LAYERS
+    dtypes = ("bf16",) if small else ("bf16", "fp16")
+    yield from itertools.product(filter(_is_first, layers), LIST_RULES[: 1 if small else None], dtypes)
+
+
+def _is_first(layer: Layer) -> bool:
+    """Whether it could be a network's first one, of an image in channels_last."""
+    return layer.channels == 3 and layer.layout == "channels_last"
+
+
+def repeated(layer: Layer, small: bool) -> tuple[str, ...]:
+    """The rules by which a layer's repeatability is checked."""
+    rules = MAIN_RULES[: 1 if small else None]
+    return rules + LIST_RULES[: 1 if small else None] if _is_first(layer) else rules
 
 
 def _of_all(small: bool) -> Iterator[tuple[Layer, str, str]]:
@@ -307,6 +327,7 @@ def _checks(layer: Layer, rule: HebbianRule, data: Data, judge: torch.device | N
     if competition.winners:
         checks += _winners_checks(layer, data, judged, competition, delta)
     if rule.gate == "sign":
+        checks += _gate_checks(layer, data, rule, judgement)
         arguments = (data.x, data.u, data.grad_u, data.weight, rule)
         gradient = getattr(ghl.functional, f"{kind}_weight_grad")
         checks.append(
@@ -318,6 +339,41 @@ def _checks(layer: Layer, rule: HebbianRule, data: Data, judge: torch.device | N
             )
         )
     return checks
+
+
+def _gate_checks(
+    layer: Layer, data: Data, rule: HebbianRule, judgement: Callable[[], Judgement]
+) -> list[Check]:
+    """The gate by itself: of a gradient that is narrower than a float32 weight, and of two layers at once."""
+    kind = "conv" if layer.size else "linear"
+    last = layer.groups, rule.decay, rule.normalize
+
+    def sums() -> tuple[Tensor, Tensor]:
+        operation = getattr(torch.ops.ghl, f"{kind}_sums")
+        A, moments = operation(data.x, data.u, *layer.raw, *rule.competition(layer.units), rule.decay)
+        return A, moments
+
+    def narrow() -> Tensor:
+        return torch.ops.ghl.gate(-data.weight, *sums(), data.weight.float(), *last)
+
+    def both() -> Tensor:
+        A, moments = sums()
+        grads = [-data.weight, data.weight.clone()]
+        options = ([option] * 2 for option in last)
+        torch.ops.ghl.gate_all_(grads, [A] * 2, [moments] * 2, [data.weight] * 2, *options)
+        return torch.cat(grads)
+
+    def judge(signs: tuple[int, ...]) -> Callable[[Tensor], float]:
+        def of(gated: Tensor) -> float:
+            weight = data.weight.to(gated.device)
+            expected = torch.cat([weight.sign() * sign for sign in signs])
+            if not torch.equal(gated.sign(), torch.where(gated == 0, 0.0, expected)):
+                return float("inf")
+            return max(excess(part, _absolute(judgement(), part)) for part in gated.abs().chunk(len(signs)))
+
+        return of
+
+    return [Check("gate", narrow, judge((-1,))), Check("gate_all_", both, judge((-1, 1)))]
 
 
 def excess(actual: Tensor, judgement: Judgement) -> float:
@@ -449,7 +505,7 @@ def _repeat(this: Stage, backend: str, layer: Layer) -> None:
     """The same bits three times; and from a CUDA graph that finds new data in its tensors."""
     dtype = torch.bfloat16
     data, others = (_data(layer, dtype, this.device, seed) for seed in (1, 2))
-    for name in MAIN_RULES[: 1 if this.small else None]:
+    for name in repeated(layer, this.small):
         for check in _checks(layer, RULES[name], data):
             results = [_flat(check.call()) for _ in range(3)]
             same = all(torch.equal(results[0], other) for other in results[1:])

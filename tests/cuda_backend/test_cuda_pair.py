@@ -1,10 +1,10 @@
-"""A and G of csrc/cuda/pair.cu against sums in float64."""
+"""A and G of csrc/cuda/pair*.cu against sums in float64."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from oracle import EPS32, LAYOUTS, assert_as_good, embed, guards_intact
 from torch import Tensor
 
 import ghl_kernels as ghl
+from bench.gpu import parity
 from ghl_kernels import _dispatch, _tape, reference
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
@@ -723,20 +724,59 @@ def test_lists_that_no_kernel_takes(cuda: ModuleType) -> None:
         correlate._queue(view, rows, {**arguments, "a": torch.zeros(96, 75), "g": torch.zeros(96, 75)})
 
 
-@pytest.mark.parametrize(
-    ("units", "channels", "kernel"),
-    [(128, 4, (5, 8)), (128, 4, (40,)), (40, 2, (30,)), (40, 2, (5, 5, 3)), (40, 4, (1, 1))],
-)
-def test_lists_are_kept_where_a_kernel_takes_them(units: int, channels: int, kernel: tuple[int, ...]) -> None:
-    """At the limits of the plan, which does not ask the kernel."""
+LISTED = {
+    "most units and columns": (128, 4, (5, 8), True),
+    "more units": (136, 3, (3, 3), False),
+    "rows that are not aligned": (100, 3, (5, 5), False),
+    "more columns": (128, 4, (5, 9), False),
+    "a long kernel": (128, 4, (40,), False),
+    "the longest kernel": (40, 2, (30,), True),
+    "3-d": (40, 2, (5, 5, 3), True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("units", "channels", "kernel", "expected"), LISTED.values(), ids=LISTED)
+def test_lists_are_kept_where_a_kernel_takes_them(
+    units: int, channels: int, kernel: tuple[int, ...], expected: bool, dtype: torch.dtype
+) -> None:
+    """The plan is made before there are responses whose layout could be asked for."""
     dims = len(kernel)
     geometry = Geometry(kernel, (1,) * dims, (0,) * dims, (1,) * dims, 1)
-    x, _, grad = image(units, channels, tuple(size + 2 for size in kernel), geometry, torch.bfloat16)
+    x = torch.zeros(2, *(size + 2 for size in kernel), channels, dtype=dtype).movedim(-1, 1)
+    grad = torch.zeros(2, *geometry.out_size(x.shape[2:]), units, dtype=dtype).movedim(-1, 1)
     weight = torch.zeros(units, *kernel, channels).movedim(-1, 1)
-    with ghl.use_backend("cuda"):
-        is_kept = _dispatch.pairs_winners(weight, geometry, 1, x.dtype)
-    assert is_kept == (sum(kernel) + 3 - dims <= 32)
-    assert correlate.takes_winners(patches(x, geometry), responses(grad, 1), 1) == is_kept
+    for winners in (1, 2, 3):
+        takes = correlate.takes_winners(patches(x, geometry), responses(grad, 1), winners)
+        assert takes == (expected and dtype == torch.bfloat16 and winners <= 2)
+        with ghl.use_backend("cuda"):
+            is_kept = _dispatch.pairs_winners(weight, geometry, winners, dtype)
+        assert is_kept == (takes and winners <= 0.03 * units)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_the_gpu_check_reaches_the_pair_of_lists(cuda: ModuleType, small: bool) -> None:
+    stage = SimpleNamespace(dry=False, small=small)
+    cases = [(layer, parity.RULES[rule], dtype) for layer, rule, dtype in parity.combinations(stage, "cuda")]
+    cases += [
+        (layer, parity.RULES[rule], "bf16")
+        for layer in (parity.SMALL if small else parity.LAYERS)
+        for rule in parity.repeated(layer, small)
+    ]
+    reached = []
+    for layer, rule, dtype in cases:
+        winners = rule.competition(layer.units).winners
+        if not 0 < winners <= 2 or not layer.size:
+            continue
+        data = parity._data(layer, parity.DTYPES[dtype], torch.device("cpu"))
+        view = patches(data.x, Geometry(*layer.raw))
+        if correlate.takes_winners(view, responses(data.grad_u, 1), winners):
+            reached.append((winners, dtype))
+    assert set(reached) == (
+        {(1, "bf16")} if small else {(k, dtype) for k in (1, 2) for dtype in ("bf16", "fp16")}
+    )
+    # swept, and repeated
+    assert reached.count((1, "bf16")) == 2
 
 
 @pytest.mark.parametrize("winners", [1, 2, 3])
@@ -770,8 +810,11 @@ def test_a_first_layer_keeps_lists(
             optimizer.step()
             found.append(layer.weight.grad.float())
     assert len(calls) == (winners < 3 and decay == "oja")
-    # a gradient that is all but zero may have another sign
-    torch.testing.assert_close(found[0].abs(), found[1].abs(), rtol=0.02, atol=0.01)
+    # a gradient that is all but zero may have another sign; in step mode it is G, of about 12, which a
+    # processor without products of 16 bits rounds on the way
+    torch.testing.assert_close(
+        found[0].abs(), found[1].abs(), rtol=0.02, atol=0.06 if gate_at == "step" else 0.01
+    )
     assert (found[0].sign() == found[1].sign()).float().mean() > 0.99
 
 

@@ -20,7 +20,10 @@ TESTS = pathlib.Path(__file__).resolve().parents[1]
 def test_on_a_gpu(job: str) -> None:
     """A process of its own: this one has Triton as an interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS, TESTS.parent)))
+    paths = [*environment.get("PYTHONPATH", "").split(os.pathsep), str(TESTS), str(TESTS.parent)]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, pathlib.Path(gpu_jobs.__file__), job]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == gpu_jobs.NO_KERNELS:
+        pytest.skip(f"no CUDA kernels: {done.stdout}")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -89,6 +89,6 @@ def _too_old(index: int) -> str:
 
 def __getattr__(name: str) -> Any:
     """The operations themselves, from the module that imports the faces of the kernels."""
-    if name not in OPERATION_NAMES | {"fused_sgd_"}:
+    if name not in OPERATION_NAMES | {"fused_sgd_", "pairs_lists"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.operations").OPERATIONS, name)

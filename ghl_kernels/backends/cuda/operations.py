@@ -43,6 +43,18 @@ class CudaOperations(Operations):
     def takes_winners(self, x: Patches, grad_u: Responses, winners: int) -> bool:
         return correlate.takes_winners(x, grad_u, winners)
 
+    def pairs_lists(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        units: int,
+        channels: int,
+        kernel: tuple[int, ...],
+        winners: int,
+    ) -> bool:
+        """Whether conv_winner_pair of a layer in channels_last is one kernel."""
+        return correlate.pairs_lists(device, dtype, units, channels, kernel, winners)
+
     def takes_few_channels(self, x: Patches, u: Responses, grad_u: Responses | None) -> bool:
         return correlate.takes_few_columns(x, u, grad_u)
 

@@ -163,15 +163,15 @@ def patches(x: Tensor, geometry: Geometry | None) -> Patches:
         x.shape[0],
         x.shape[1] // geometry.groups,
         geometry.groups,
-        _three(size, 1),
-        _three(geometry.out_size(size), 1),
-        _three(geometry.kernel_size, 1),
-        _three(geometry.stride, 1),
-        _three(geometry.padding, 0),
-        _three(geometry.dilation, 1),
+        three(size, 1),
+        three(geometry.out_size(size), 1),
+        three(geometry.kernel_size, 1),
+        three(geometry.stride, 1),
+        three(geometry.padding, 0),
+        three(geometry.dilation, 1),
         x.stride(0),
         x.stride(1),
-        _three(x.stride()[2:], 0),
+        three(x.stride()[2:], 0),
         len(size),
         geometry.by_tap,
     )
@@ -205,7 +205,7 @@ def magic(divisor: int) -> int:
     return shift + 1 << 32 | -(-(1 << 31 + shift) // divisor)
 
 
-def _three(values: Sequence[int], fill: int) -> tuple[int, int, int]:
+def three(values: Sequence[int], fill: int) -> tuple[int, int, int]:
     """``values`` with leading dimensions added up to three."""
     padded = (fill,) * (3 - len(values)) + tuple(values)
     return padded[0], padded[1], padded[2]

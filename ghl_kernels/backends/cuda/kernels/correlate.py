@@ -1,7 +1,8 @@
-"""A = sum_p y_p x_p^T and G = sum_p (dL/du)_p x_p^T in one pass over x, by csrc/cuda/pair.cu."""
+"""A = sum_p y_p x_p^T and G = sum_p (dL/du)_p x_p^T in one pass over x, by csrc/cuda/pair*.cu."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from ghl_kernels.backends.cuda.kernels.arguments import (
     response_arguments,
     state_arguments,
 )
-from ghl_kernels.backends.gpu.layout import Patches, Responses, new_sum, sum_strides
+from ghl_kernels.backends.gpu.layout import Patches, Responses, new_sum, sum_strides, three
 from ghl_kernels.backends.gpu.memory import workspace
 from ghl_kernels.backends.gpu.precision import allows_tf32
 from ghl_kernels.backends.gpu.state import State
 from ghl_kernels.rule import Competition
 
 FORM = {"automatic": 0, "mma": 1, "wgmma": 2, "narrow": 3}
+_SOMEWHERE = 256  # an address of data that nobody reads, aligned as torch's is
 _ANY = Competition("softmax", 0, 1.0, False)
 # Estimated from the rates of matrix units and memory; tf32 has half the rate of 16 bits.
 _INTENSITY = 800.0
@@ -121,6 +123,38 @@ def takes_winners(x: Patches, grad: Responses, winners: int) -> bool:
     """Whether A from so many winners of each position and G are the sums of one kernel."""
     described = _described(x, None, grad, _ANY, x.channels, "automatic")
     return _is_narrow(x, described | {"winners": winners, "a": described["g"]})
+
+
+def pairs_lists(
+    device: torch.device, dtype: torch.dtype, units: int, channels: int, kernel: tuple[int, ...], winners: int
+) -> bool:
+    """As takes_winners, of a convolution of one group whose x and dL/du will be in channels_last."""
+    if dtype not in DTYPE:
+        return False
+    *_, height, width = size = three(kernel, 1)
+    columns = channels * math.prod(size)
+    form = _native.load_cuda().pair_form(
+        batch=1,
+        channels=channels,
+        in_size=size,
+        kernel=size,
+        dtype=DTYPE[dtype],
+        x=_SOMEWHERE,
+        x_stride_batch=columns,
+        x_stride_channel=1,
+        x_stride=(height * width * channels, width * channels, channels),
+        units=units,
+        grad=_SOMEWHERE,
+        grad_layout=(1, units, 0, 1),
+        winners=winners,
+        a=_SOMEWHERE,
+        g=_SOMEWHERE,
+        result_layout=(columns, 1, channels),
+        result_channels=channels,
+        device=device.index or 0,
+        stream=0,
+    )
+    return bool(form == FORM["narrow"])
 
 
 def _is_narrow(x: Patches, described: dict[str, Any]) -> bool:
