@@ -167,7 +167,8 @@ class Attachment:
             )
         if self._A.device != weight.device or self._A.dtype != sum_dtype(weight.dtype):
             self._convert_leaves()
-        if self.weight.grad is None and not torch.compiler.is_compiling():
+        # not asked by a compiler, which would compile anew for either answer
+        if not torch.compiler.is_compiling() and self.weight.grad is None:
             self._drop()  # now rather than in backward: a copy of the weights less at the peak
         return self._A, self._moments
 
@@ -283,6 +284,12 @@ class Attachment:
         self._weight_version = self.weight._version
         if self.weight.grad is not None:
             self._stepped = _Seen.now(self.weight.grad)
+
+    def drop_gradient(self) -> None:
+        """Let no other optimizer step on a plain gradient."""
+        self.restore()
+        if self._is_pending():
+            self.weight.grad = None
 
     def detach(self) -> None:
         """Undo the attachment."""

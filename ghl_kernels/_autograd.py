@@ -11,7 +11,6 @@ checkpointing, torch.autograd.grad and compilation keep their meaning.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -131,6 +130,11 @@ def _is_grad_ours(x: Tensor, grad_u: Tensor, plan: Plan) -> bool:
     return plan.is_grad_ours and x.dtype == grad_u.dtype == torch.float32
 
 
+# The same strides, those of dimensions of size 1 too, from which the library takes the order of its result;
+# view_as makes them anew.
+_alias = torch.ops.aten.alias.default
+
+
 class _Final(torch.autograd.Function):
     """Identity on the first tensors, which raises where anything is differentiated through them.
 
@@ -142,7 +146,7 @@ class _Final(torch.autograd.Function):
 
     @staticmethod
     def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:count])
+        return tuple(None if tensor is None else _alias(tensor) for tensor in tensors[:count])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -161,6 +165,16 @@ def _final(results: tuple[Tensor | None, ...], *sources: Tensor | None) -> tuple
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return results
     return _Final.apply(len(results), *results, *sources)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, without what only functorch needs: to bind arguments to a signature.
+
+    In Python that takes longer than a small kernel.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 class LayerFunction(torch.autograd.Function):
@@ -234,9 +248,9 @@ class LayerFunction(torch.autograd.Function):
             # a leaf keeps its first gradient as its own; a retained graph must not see it grow
             A, moments = (t.clone() for t in kept) if plan.at_step else kept
         if not plan.needs_grad:
-            # StepGate recognizes a pass by a weight.grad other than 0: loss scaling and DDP leave this mark
-            # above it, and no norm of gradients feels it
-            mark = max(1e-30, torch.finfo(weight.dtype).tiny)
+            # StepGate recognizes a pass by a weight.grad other than 0: what loss scaling, clipping and DDP
+            # divide this mark by leaves it above that, and no norm of gradients feels it
+            mark = max(1e-18, torch.finfo(weight.dtype).tiny)
             grad_weight = torch.full_like(weight, mark) if plan.at_step else None
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
@@ -307,7 +321,7 @@ class GateFunction(torch.autograd.Function):
         probe: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         zero = weight.new_zeros((), dtype=sum_dtype(weight.dtype))
-        given = weight.view_as(weight) if dtype is None else weight.to(dtype)
+        given = _alias(weight) if dtype is None else weight.to(dtype)
         return given, zero.expand(weight.shape), zero.expand(moments_size)
 
     @staticmethod
@@ -342,8 +356,3 @@ class GateFunction(torch.autograd.Function):
         # in place: LayerFunction made G for this one edge
         torch.ops.ghl.gate_(G, A, moments, weight, groups, decay, normalize)
         return G
-
-
-# torch binds default arguments at every apply; without a stored signature that costs more than a small kernel
-LayerFunction.forward.__signature__ = inspect.signature(LayerFunction.forward)  # type: ignore[attr-defined]
-GateFunction.forward.__signature__ = inspect.signature(GateFunction.forward)  # type: ignore[attr-defined]

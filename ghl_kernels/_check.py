@@ -141,6 +141,8 @@ def finite(name: str, value: float) -> None:
         is_finite = math.isfinite(value)
     except TypeError:
         raise TypeError(f"{name} must be a real number, got {value!r}") from None
+    except OverflowError:  # an int that no float holds
+        is_finite = False
     if not is_finite:
         raise ValueError(f"{name} must be finite, got {value!r}")
 

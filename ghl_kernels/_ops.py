@@ -46,22 +46,23 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(body: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(body)
         def implementation(first: Tensor | list[Tensor], *args: Any) -> Any:
+            if torch.is_grad_enabled():  # a layer has turned it off, and doing so costs as much as this call
+                with torch.no_grad():
+                    return implementation(first, *args)
             tensor = first if isinstance(first, Tensor) else first[0]
             device = tensor.device
-            settings = _dispatch.tape_settings(device, tensor.dtype) if is_taped else None
-            with torch.no_grad():
+            if torch.is_autocast_enabled(device.type):
                 # the sums are float32 by definition; autocast would run their products in 16 bits. Only its
                 # switch is turned: the context manager costs as much as some of the operations
-                in_autocast = torch.is_autocast_enabled(device.type)
-                if in_autocast:
-                    torch.set_autocast_enabled(device.type, False)
+                torch.set_autocast_enabled(device.type, False)
                 try:
-                    if settings is None:
-                        return body(first, *args)
-                    return _tape.run(name, settings, body, (first, *args))
+                    return implementation(first, *args)
                 finally:
-                    if in_autocast:
-                        torch.set_autocast_enabled(device.type, True)
+                    torch.set_autocast_enabled(device.type, True)
+            settings = _dispatch.tape_settings(device, tensor.dtype) if is_taped else None
+            if settings is None:
+                return body(first, *args)
+            return _tape.run(name, settings, body, (first, *args))
 
         # every device, of which those without kernels of ours have the eager backend
         _LIB.impl(name, implementation, "CompositeExplicitAutograd")

@@ -40,6 +40,7 @@ class Probe:
         self._every, self._positions = every, positions
         self._version: int | None = None
         self._step = -1
+        self._missed = 0
         device = layer.weight.device
         with torch.inference_mode(False):  # what is made in it, training could not add to
             self.histogram = torch.zeros(2, layer.units + 1, dtype=torch.int64, device=device)
@@ -74,13 +75,26 @@ class Probe:
         """Take the sums to where the layer is now."""
         if self.histogram.device != device:
             with torch.inference_mode(False):
-                self.histogram, self.totals = self.histogram.to(device), self.totals.to(device)
+                self.histogram, self.totals = _moved(self.histogram, device), _moved(self.totals, device)
 
     def observe_responses(self, u: Tensor, dim: int) -> None:
         """Called by the layer with u, units along ``dim``, whenever it trains."""
+        if not _in_graph() and self._is_repetition():
+            return
         if _in_graph() or self.is_due():
             self.follow(u.device)
             torch.ops.ghl.observe_responses_(self.histogram, u, dim, self.number)
+
+    def miss(self) -> None:
+        """Called by the layer in train mode when it runs without grad mode, as checkpoints do at first."""
+        if not _in_graph():
+            self._missed += 1
+
+    def _is_repetition(self) -> bool:
+        """Whether a checkpoint runs the layer again in backward, after a pass that was not missed."""
+        in_backward = torch._C._current_graph_task_id() >= 0
+        was_missed, self._missed = self._missed > 0, max(0, self._missed - 1) if in_backward else 0
+        return in_backward and not was_missed
 
     def gate_arguments(self, weight: Tensor) -> tuple[Tensor, int] | tuple[None, None]:
         """What GateFunction takes in a forward pass, to observe the rule in backward."""
@@ -141,6 +155,11 @@ class Probe:
             agreeing, opposed = (direction < 0).sum(), (direction > 0).sum()
         parts = (torch.ones_like(agreeing), agreeing, opposed, largest.amax(), applied)
         totals += torch.stack([part.double() for part in parts])
+
+
+def _moved(sums: Tensor, device: torch.device) -> Tensor:
+    """Of a layer made on the meta device there are none yet."""
+    return torch.zeros_like(sums, device=device) if sums.is_meta else sums.to(device)
 
 
 def _in_graph() -> bool:

@@ -89,7 +89,7 @@ def linear_weight_grad(x: Tensor, u: Tensor, grad_u: Tensor, weight: Tensor, rul
     H = _delta(x, u, weight, rule, None)
     if rule.gate == "none":
         return -H
-    return gate(H, torch.ops.ghl.linear_grad(x.to(grad_u.dtype), grad_u))
+    return gate(H, torch.ops.ghl.linear_grad(*_alike(x, grad_u)))
 
 
 @torch.no_grad()
@@ -146,7 +146,7 @@ def conv_weight_grad(
     H = _delta(x, u, weight, rule, geometry)
     if rule.gate == "none":
         return -H
-    return gate(H, torch.ops.ghl.conv_grad(x, grad_u.reshape(u.shape).to(x.dtype), *geometry))
+    return gate(H, torch.ops.ghl.conv_grad(*_alike(x, grad_u.reshape(u.shape)), *geometry))
 
 
 @torch.no_grad()
@@ -165,6 +165,12 @@ def _delta(x: Tensor, u: Tensor, weight: Tensor, rule: HebbianRule, geometry: Ge
     A, moments = sums(x, u, make_plan(geometry, weight, rule))
     groups = geometry.groups if geometry else 1
     return torch.ops.ghl.delta(A, moments, weight, groups, rule.decay, rule.normalize)
+
+
+def _alike(x: Tensor, grad_u: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider dtype."""
+    dtype = torch.promote_types(x.dtype, grad_u.dtype)
+    return x.to(dtype), grad_u.to(dtype)
 
 
 def _gated_pair(

@@ -271,22 +271,30 @@ def _row_norms(layer: GHLLayer) -> Tensor:
 
 
 def _scalars(reading: LayerReading) -> dict[str, float]:
-    norms = reading.row_norms
+    smallest, mean, largest = _norms(reading)
     return {
         "entropy": reading.entropy,
         "evenness": reading.evenness,
-        "dead": len(reading.dead) / len(reading.wins),
+        "dead": len(reading.dead) / max(1, len(reading.wins)),
         "agreement": reading.agreement,
         "delta_max": reading.delta_max,
         "delta_ratio": reading.delta_ratio,
-        "row_norm_min": float(norms.min()),
-        "row_norm_mean": float(norms.mean()),
-        "row_norm_max": float(norms.max()),
+        "row_norm_min": smallest,
+        "row_norm_mean": mean,
+        "row_norm_max": largest,
     }
 
 
-def _cells(reading: LayerReading) -> list[str]:
+def _norms(reading: LayerReading) -> tuple[float, float, float]:
+    """Smallest, mean and largest of the row norms; NaN of a layer without units."""
     norms = reading.row_norms
+    if not len(norms):
+        return math.nan, math.nan, math.nan
+    return float(norms.min()), float(norms.mean()), float(norms.max())
+
+
+def _cells(reading: LayerReading) -> list[str]:
+    smallest, _, largest = _norms(reading)
     return [
         str(len(reading.wins)),
         f"{reading.positions:,}",
@@ -295,7 +303,7 @@ def _cells(reading: LayerReading) -> list[str]:
         f"{reading.agreement:.1%}" if reading.agreeing + reading.opposed else "-",
         f"{reading.delta_max:.3g}" if reading.gates else "-",
         f"{reading.delta_ratio:.3g}" if reading.gates else "-",
-        f"{norms.min():.2g} - {norms.max():.2g}",
+        f"{smallest:.2g} - {largest:.2g}",
     ]
 
 

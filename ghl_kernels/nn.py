@@ -17,7 +17,7 @@ from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
 from ghl_kernels import _check
-from ghl_kernels._autograd import GateFunction, LayerFunction, Plan, make_plan, sums
+from ghl_kernels._autograd import GateFunction, LayerFunction, Plan, apply, make_plan, sums
 from ghl_kernels._geometry import Geometry, make_geometry
 from ghl_kernels._processes import is_sharded
 from ghl_kernels.backends.eager import moments_size
@@ -140,6 +140,8 @@ class GHLLayer(nn.Module, abc.ABC):
     def forward(self, input: Tensor) -> Tensor:
         """The torch layer's output; in training its backward leaves the rule's gradient in weight.grad."""
         if not self._is_learning():
+            if self._probe is not None and self.training:
+                self._probe.miss()
             return self._torch_forward(input)
         self._check_input(input)
         if _is_batched(input):
@@ -198,9 +200,8 @@ class GHLLayer(nn.Module, abc.ABC):
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             return torch.get_autocast_dtype(device)
         if x.dtype != self.weight.dtype:
-            raise TypeError(
-                f"x must have the weight's dtype {self.weight.dtype} outside autocast, got {x.dtype}"
-            )
+            where = "where autocast does not turn both into another"
+            raise TypeError(f"x must have the weight's dtype {self.weight.dtype} {where}, got {x.dtype}")
         return None
 
     def _apply_rule(self, x: Tensor, geometry: Geometry | None) -> Tensor:
@@ -212,7 +213,7 @@ class GHLLayer(nn.Module, abc.ABC):
         plan = self._plan(geometry, dtype)
         # G of the fused kernel is as wide as A
         weight, A, moments = self._gated_weight(None if plan.is_pair or dtype == self.weight.dtype else dtype)
-        u, *_ = LayerFunction.apply(x, weight, bias, A, moments, plan)
+        u, *_ = apply(LayerFunction, x, weight, bias, A, moments, plan)
         return cast(Tensor, u)
 
     def _gated_weight(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,8 +238,16 @@ class GHLLayer(nn.Module, abc.ABC):
         observed = (None, None) if self._probe is None else self._probe.gate_arguments(self.weight)
         return cast(
             tuple[Tensor, Tensor, Tensor],
-            GateFunction.apply(
-                self.weight, dtype, size, groups, rule.decay, rule.normalize, rule.gate, *observed
+            apply(
+                GateFunction,
+                self.weight,
+                dtype,
+                size,
+                groups,
+                rule.decay,
+                rule.normalize,
+                rule.gate,
+                *observed,
             ),
         )
 

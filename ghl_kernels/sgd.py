@@ -76,7 +76,10 @@ class GHLSGD(SGD):
         self._attachments: Attachments | None = Attachments(self, model, process_group)
 
     def remove(self) -> None:
-        """Let go of the layers, which can then be attached again; this optimizer steps no more."""
+        """Let go of the layers, which can then be attached again; this optimizer steps no more.
+
+        A weight.grad that waits for the rule becomes None.
+        """
         if self._attachments is not None:
             self._attachments.detach()
         self._attachments = None

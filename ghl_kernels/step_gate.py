@@ -71,8 +71,9 @@ class Attachments:
                 )
 
     def detach(self) -> None:
-        """Let go of the layers, which can then be attached again."""
+        """Let go of the layers, which can be attached again, and drop the gradients that wait for a rule."""
         for member in self._members:
+            member.drop_gradient()
             member.detach()
         self._members = []
 
@@ -115,7 +116,10 @@ class StepGate:
         ]
 
     def remove(self) -> None:
-        """Detach from the optimizer and the layers, which can then be attached again."""
+        """Detach from the optimizer and the layers, which can then be attached again.
+
+        A weight.grad that waits for the rule becomes None: no optimizer is to step on a plain gradient.
+        """
         for hook in self._hooks:
             hook.remove()
         self._attachments.detach()

@@ -35,6 +35,14 @@ def test_the_module_runs_as_a_command() -> None:
     assert done.stderr == ""
 
 
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "ghl_kernels", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.close()
+        _, err = running.communicate(timeout=120)
+    assert (running.returncode, err) == (0, "")
+
+
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])

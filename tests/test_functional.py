@@ -114,6 +114,25 @@ def _conv_arguments(case: LayerCase) -> dict[str, Any]:
     return {name: case.arguments[name] for name in ("stride", "dilation", "groups")}
 
 
+@pytest.mark.parametrize("narrow", ["x", "grad_u"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_gradient_of_another_dtype(backend: str, kind: str, narrow: str) -> None:
+    """Neither is rounded to a dtype that does not hold it."""
+    x, u, grad_u, weight = torch.randn(9, 4), torch.randn(9, 5), torch.randn(9, 5), torch.randn(5, 4)
+    if narrow == "x":
+        x, u, weight, grad_u = x.half(), u.half(), weight.half(), 1e-9 * grad_u
+    else:
+        x, grad_u = 1e5 * x, grad_u.half()
+    G = grad_u.double().t() @ x.double()
+    if kind == "conv":
+        x, u, grad_u = (tensor.t().unsqueeze(0) for tensor in (x, u, grad_u))
+        weight = weight.unsqueeze(-1)
+    function = getattr(functional, f"{kind}_weight_grad")
+    gated = function(x, u, grad_u, weight, HebbianRule()).view(5, 4)
+    assert torch.equal(gated.sign(), G.sign().to(gated.dtype))
+    assert gated.abs().max().item() == pytest.approx(1.0, rel=1e-3)
+
+
 @given(case=layer_cases())
 def test_delta_and_weight_grad(backend: str, case: LayerCase) -> None:
     with crossover(case.path):

@@ -223,6 +223,36 @@ def test_linear_bits(backend: str, shape: tuple[int, ...], dtype: torch.dtype, b
             assert_same_bits(actual, expected)
 
 
+# (channels, units, groups, spatial size): a dimension of size 1 may have any stride, and a library takes the
+# order of its result from it.
+SINGLE = [(1, 16, 1, (9, 8)), (3, 1, 1, (8, 8)), (2, 1, 1, (7, 6)), (6, 6, 6, (7, 6)), (1, 8, 1, (5, 6, 7))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize(("channels", "units", "groups", "size"), SINGLE)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_convolution_bits_where_a_dimension_is_single(
+    batch: int,
+    channels: int,
+    units: int,
+    groups: int,
+    size: tuple[int, ...],
+    last: tuple[bool, bool],
+    dtype: torch.dtype,
+) -> None:
+    kind, options = f"Conv{len(size)}d", {"padding": 1, "groups": groups, "dtype": dtype}
+    layouts = {2: torch.channels_last, 3: torch.channels_last_3d}
+    of_weight, of_x = (layouts[len(size)] if is_last else torch.contiguous_format for is_last in last)
+    plain = getattr(nn, kind)(channels, units, 3, **options).to(memory_format=of_weight)
+    ours = getattr(ghl, f"GHL{kind}")(channels, units, 3, **options).to(memory_format=of_weight)
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(batch, channels, *size).to(dtype).contiguous(memory_format=of_x)
+    for actual, expected in zip(run(ours, x), run(plain, x), strict=True):
+        assert_same_bits(actual, expected)
+        assert actual.stride() == expected.stride()
+
+
 @given(case=layer_cases().filter(lambda case: case.dtype == torch.float32), sums_at=sums_at)
 def test_autocast(backend: str, case: LayerCase, sums_at: str) -> None:
     """bfloat16 products and float32 sums; the decay takes the float32 weight."""
@@ -238,6 +268,7 @@ def test_autocast(backend: str, case: LayerCase, sums_at: str) -> None:
     assert_weight_grad(ours, x.to(torch.bfloat16), actual[0], grad_u, case.rule, torch.bfloat16)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("winners", [None, 1])
 def test_only_what_is_asked_for_is_computed(backend: str, kind: str, winners: int | None) -> None:
@@ -337,6 +368,7 @@ def test_u_that_is_kept_must_not_change(backend: str, kind: str) -> None:
         out.sum().backward()
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_winners_are_kept_instead_of_u(backend: str, kind: str) -> None:
     """Whatever sums_at says: the output may change in place."""
@@ -475,6 +507,7 @@ def test_learn(backend: str, case: LayerCase) -> None:
     )
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("kind", KINDS)
 def test_learn_ignores_gate_mode_and_grad(backend: str, kind: str) -> None:
     plain, ours, x = make(kind)

@@ -349,6 +349,40 @@ def test_a_checkpointed_layer_counts_once(use_reentrant: bool) -> None:
     assert (reading.positions, reading.gates) == (5, 1)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_all_layers_of_a_checkpoint_count_once(use_reentrant: bool) -> None:
+    """But for the last one, what comes after a layer has backward run all of it again."""
+    model = nn.Sequential(ghl.GHLLinear(6, 6), nn.ReLU(), ghl.GHLLinear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = ghl.Monitor(model, every=1)
+    for steps in (1, 2):
+        x = torch.randn(5, 6, requires_grad=True)
+        checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            model(x)  # as a batch norm's statistics are made anew
+        counts = [(reading.positions, reading.gates) for reading in monitor.read().values()]
+        assert counts == [(5 * steps, steps)] * 2
+
+
+def test_layers_made_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        layer = ghl.GHLLinear(6, 5)
+    monitor = ghl.Monitor(layer, every=1)
+    layer.to_empty(device="cpu").reset_parameters()
+    layer(torch.randn(4, 6)).sum().backward()
+    (reading,) = monitor.read().values()
+    assert (reading.positions, reading.gates) == (4, 1)
+
+
+def test_a_layer_without_units_has_no_norms() -> None:
+    monitor = ghl.Monitor(ghl.GHLLinear(6, 0))
+    scalars = monitor.scalars()
+    assert scalars["(model)/dead"] == 0
+    assert math.isnan(scalars["(model)/row_norm_min"])
+    assert monitor.table().row_count == 1
+
+
 def test_learn_is_observed() -> None:
     layer = ghl.GHLLinear(6, 5, rule=HebbianRule.softhebb()).double().eval()
     monitor = ghl.Monitor(layer, every=2)

@@ -888,6 +888,43 @@ def test_remove_and_attach_again() -> None:
     assert not torch.equal(training.model[0].weight, kept)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_removed_gate_leaves_no_gradient_that_it_has_not_gated(fused: bool) -> None:
+    training = Training()
+    gate = training.gate
+    if fused:
+        gate.remove()
+        gate = ghl.GHLSGD(training.model, lr=LR)
+    training.backward(4)
+    before = copy.deepcopy(training.model)
+    gate.remove()
+    training.optimizer.step()
+    for layer, kept in zip(training.model, before, strict=True):
+        if isinstance(layer, ghl.GHLLayer):
+            assert layer.weight.grad is None
+            assert torch.equal(layer.weight, kept.weight)
+    assert not torch.equal(training.model[-1].weight, before[-1].weight)
+
+
+def test_a_mark_outlives_scaling_and_clipping() -> None:
+    """A rule without a gate learns where denormals are flushed, too."""
+    layer = ghl.GHLLinear(6, 5, rule=HebbianRule.softhebb(), gate_at="step")
+    model = nn.Sequential(layer, nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ghl.StepGate(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    kept = layer.weight.detach().clone()
+    torch.set_flush_denormal(True)
+    try:
+        scaler.scale(model(torch.randn(64, 6)).sum()).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
+        scaler.step(optimizer)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (layer.weight.detach() - kept).abs().max().item() == pytest.approx(1.0, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "duplicate",
     [
