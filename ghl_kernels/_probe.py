@@ -92,9 +92,13 @@ class Probe:
 
     def _is_repetition(self) -> bool:
         """Whether a checkpoint runs the layer again in backward, after a pass that was not missed."""
-        in_backward = torch._C._current_graph_task_id() >= 0
-        was_missed, self._missed = self._missed > 0, max(0, self._missed - 1) if in_backward else 0
-        return in_backward and not was_missed
+        if torch._C._current_graph_task_id() < 0:  # not in backward
+            self._missed = 0
+        elif self._missed == 0:
+            return True
+        else:
+            self._missed -= 1
+        return False
 
     def gate_arguments(self, weight: Tensor) -> tuple[Tensor, int] | tuple[None, None]:
         """What GateFunction takes in a forward pass, to observe the rule in backward."""
