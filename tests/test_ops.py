@@ -286,6 +286,37 @@ def test_the_version_is_what_autograd_goes_by(
         mutate_what_was_saved().backward()
 
 
+@pytest.mark.parametrize("operation", ["learn_", "gate_", "delta"])
+@pytest.mark.parametrize("normalize", ["layer", "filter"])
+def test_strides_of_single_kernel_dimensions_mean_nothing(
+    backend: str, operation: str, normalize: str
+) -> None:
+    """A kernel (1, 5) turned into (5, 1) has a stride of 5 along the 1, and torch calls it contiguous."""
+    weight, A, grad = (torch.randn(16, 8, 5, 1) for _ in range(3))
+
+    def odd(tensor: Tensor) -> Tensor:
+        buffer = torch.full((3 * tensor.numel(),), 7.0)
+        return buffer.as_strided(tensor.shape, (40, 5, 1, 5), tensor.numel()).copy_(tensor)
+
+    results = []
+    for made in (torch.clone, odd):
+        W, sums, G = made(weight), made(A), made(grad)
+        options = (torch.ones(1), W, 1, "oja", normalize)
+        if operation == "learn_":
+            ops.learn_(W, sums, torch.ones(1), 0.1, 1, "oja", normalize)
+            results.append(W)
+        elif operation == "gate_":
+            ops.gate_(G, sums, *options)
+            results.append(G)
+        else:
+            results.append(ops.delta(sums, *options))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
+    for tensor in (W, sums, G):
+        buffer = tensor._base
+        assert (buffer[: weight.numel()] == 7.0).all()
+        assert (buffer[2 * weight.numel() :] == 7.0).all()
+
+
 @pytest.mark.broad
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "slice", "step"])

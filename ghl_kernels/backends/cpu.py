@@ -7,6 +7,7 @@ csrc/cpu. Tensors that a kernel reads are bound to names until it returns.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -403,9 +404,16 @@ def _epilogue(
 
 def _as_filters(tensor: Tensor) -> Tensor:
     """The tensor itself where its kernel dimensions collapse into one stride, otherwise a contiguous copy."""
-    sizes, strides = tensor.shape[2:], tensor.stride()[2:]
-    collapsible = all(strides[i] == strides[i + 1] * sizes[i + 1] for i in range(len(sizes) - 1))
+    taps = _taps(tensor)
+    collapsible = all(outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(taps))
     return tensor if collapsible else tensor.contiguous()
+
+
+def _taps(tensor: Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the kernel dimensions; those of size 1 are left out, whose strides mean nothing."""
+    return [
+        (size, step) for size, step in zip(tensor.shape[2:], tensor.stride()[2:], strict=True) if size > 1
+    ]
 
 
 def _sizes(tensor: Tensor) -> tuple[int, int, int]:
@@ -414,7 +422,8 @@ def _sizes(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.stride(0), tensor.stride(1), tensor.stride(-1) if tensor.dim() > 2 else 0
+    taps = _taps(tensor)
+    return tensor.stride(0), tensor.stride(1), taps[-1][1] if taps else 0
 
 
 def _three(values: tuple[int, ...] | torch.Size, fill: int) -> tuple[int, int, int]:

@@ -724,6 +724,20 @@ def test_lists_that_no_kernel_takes(cuda: ModuleType) -> None:
         correlate._queue(view, rows, {**arguments, "a": torch.zeros(96, 75), "g": torch.zeros(96, 75)})
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1,), (1, 1), (1, 6), (1, 1, 1)])
+def test_an_input_of_one_place_and_padding(dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    """Places beyond a dimension of size 1, whose stride may be any, are aligned as those in x are."""
+    dims = len(size)
+    ones, kernel = (1,) * dims, (3,) * dims
+    geometry = Geometry(kernel, ones, ones, ones, 1)
+    x, u, grad = (torch.randn(4, count, *size).to(dtype) for count in (32, 70, 70))
+    state = state_of(u, SOFTMAX.competition(70))
+    A, G = sums(x, u, grad, geometry, state, SOFTMAX.competition(70))
+    assert_is(A, reference.compete(u.double(), SOFTMAX, 1), x, (70, 32, *kernel), geometry)
+    assert_is(G, grad, x, (70, 32, *kernel), geometry)
+
+
 LISTED = {
     "most units and columns": (128, 4, (5, 8), True),
     "more units": (136, 3, (3, 3), False),
