@@ -42,6 +42,7 @@ class ShardedAttachment(Attachment):
         self._is_counted = False  # since FSDP reduced
         self._is_waiting = False
         self._has_arrived = False  # weight.grad is more than what waits
+        self._undefined_in: int | None = None  # the backward pass that has brought the weight no gradient
         super().__init__(name, layer, optimizer)
 
     def leaves(self) -> tuple[Tensor, Tensor]:
@@ -137,7 +138,17 @@ class ShardedAttachment(Attachment):
             self._accumulated[0] += 1
             self._is_counted = True
 
+    @untraced
+    def _begin_gradient(self, gradient: Tensor | None) -> None:
+        super()._begin_gradient(gradient)
+        if gradient is None:
+            self._undefined_in = torch._C._current_graph_task_id()
+
     def _end_gradient(self, weight: Tensor) -> None:
+        if self._undefined_in == torch._C._current_graph_task_id():
+            # autograd's own call, for the undefined gradient that a compiled graph leaves; FSDP's follows
+            self._undefined_in = None
+            return
         if not self._is_counted:  # in a compiled layer, or before the first pass in training mode
             passes, with_sums = self._accumulated
             self._accumulated[0] = with_sums if self._is_waiting else passes + 1

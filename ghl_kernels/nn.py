@@ -7,6 +7,7 @@ grad mode or with a frozen or empty weight a layer is its torch layer. ``state_d
 from __future__ import annotations
 
 import abc
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -144,6 +145,7 @@ class GHLLayer(nn.Module, abc.ABC):
                 self._probe.miss()
             return self._torch_forward(input)
         self._check_input(input)
+        _refuse_compilers()
         if _is_batched(input):
             raise _refused_vmap()
         x, geometry = self._prepare(input)
@@ -457,6 +459,24 @@ def _refused_vmap() -> RuntimeError:
         "torch.func.vmap cannot train GHL layers: the rule is not linear in the data, and vmap would leave "
         "the plain gradient. Train the members of an ensemble in turn; eval mode and no_grad are fine"
     )
+
+
+def _refuse_compilers() -> None:
+    """RuntimeError in what would train otherwise than the rule says."""
+    if torch.compiler.is_compiling():
+        config: Any = torch._dynamo.config
+    else:  # not loaded by everyone
+        config = sys.modules.get("torch._dynamo.config")
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "torch.export of a GHL layer in training would leave a program that does not train it; call "
+            "eval() first, and the layer is exported as its torch layer"
+        )
+    if config is not None and getattr(config, "compiled_autograd", False):
+        raise RuntimeError(
+            "GHL layers do not train under compiled autograd, which traces into their operations and keeps "
+            "the sums of gradients that were zeroed; turn torch._dynamo.config.compiled_autograd off"
+        )
 
 
 def _refused_tracing() -> RuntimeError:

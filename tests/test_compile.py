@@ -169,6 +169,18 @@ def test_step_mode_accumulates_in_compiled_passes() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@torch._dynamo.config.patch(compiled_autograd=True)
+def test_compiled_autograd_is_refused(compiled: bool) -> None:
+    """It would add the sums of a gradient that was zeroed, and follow kernels to addresses."""
+    layer = ghl.GHLLinear(4, 3)
+    run = torch.compile(layer, backend="eager") if compiled else layer
+    with pytest.raises(RuntimeError, match="do not train under compiled autograd"):
+        run(torch.randn(2, 4))
+    with torch.no_grad():
+        assert run(torch.randn(2, 4)).shape == (2, 3)
+
+
 def test_compiled_model_switches_between_training_and_evaluation() -> None:
     model = _model(RULES["kwta, sparse"], "backward")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

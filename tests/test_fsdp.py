@@ -46,10 +46,12 @@ CASES = [
 ]
 
 
-def _network() -> nn.Sequential:
+def _network(inplace: bool = True) -> nn.Sequential:
     """Without batch norm, whose statistics are each process's own; the head's 5 rows are 3 and 2."""
     torch.manual_seed(0)
-    return nn.Sequential(*(m for m in small_network() if not isinstance(m, nn.BatchNorm2d))).double()
+    return nn.Sequential(
+        *(m for m in small_network(inplace=inplace) if not isinstance(m, nn.BatchNorm2d))
+    ).double()
 
 
 def _sharded(model: nn.Sequential, mesh: Any = None, **options: Any) -> Any:
@@ -88,6 +90,11 @@ def _rank(rank: int) -> dict[str, Any]:
     for rule, mode in CASES:
         model = _sharded(ghl.convert(_network(), RULES[rule], exclude=[], gate_at="step"))
         found[f"{rule}/{mode}"] = _train(model, mode, rank)
+    # a layer that is compiled by itself may keep its output for backward
+    model = _sharded(ghl.convert(_network(inplace=False), RULES["softmax"], exclude=[], gate_at="step"))
+    for layer in model:
+        layer.compile(backend="aot_eager")
+    found["compiled layers"] = _train(model, "no sync", rank)
     found["dead rows"] = _dead_rows(rank)
     found["zero gradient"] = {case: _zero_gradient(rank, *case) for case in ZERO}
     found["more processes than rows"] = _one_row(rank)
@@ -388,6 +395,11 @@ def _assert_one(found: list[list[Tensor]], alone: list[Tensor]) -> None:
 def test_shards_are_one_process_on_the_whole_batch(ranks: list[dict[str, Any]], rule: str, mode: str) -> None:
     alone = _train(ghl.convert(_network(), RULES[rule], exclude=[], gate_at="step"), mode, None)
     _assert_one([found[f"{rule}/{mode}"] for found in ranks], alone)
+
+
+def test_compiled_layers(ranks: list[dict[str, Any]]) -> None:
+    alone = _train(ghl.convert(_network(), RULES["softmax"], exclude=[], gate_at="step"), "no sync", None)
+    _assert_one([found["compiled layers"] for found in ranks], alone)
 
 
 def test_rows_without_a_gradient_do_not_end_an_accumulation(ranks: list[dict[str, Any]]) -> None:

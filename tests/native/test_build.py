@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,16 @@ import pytest
 from ghl_kernels import _native
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("csrc", "python", "cmake", "ghl_kernels", "setup.py", "pyproject.toml", "CMakeLists.txt")
+SOURCES = (
+    "csrc",
+    "python",
+    "cmake",
+    "ghl_kernels",
+    "setup.py",
+    "pyproject.toml",
+    "CMakeLists.txt",
+    "MANIFEST.in",
+)
 BUILT = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
 ALLOWED_LIBRARIES = r"(libstdc\+\+|libgcc_s|libgomp|libm|libc|ld-linux-[\w-]+)\.so\.\d+"
 
@@ -173,6 +183,25 @@ def build_wheel(sources: Path, **environment: str) -> subprocess.CompletedProces
         sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-v",
         "--disable-pip-version-check", "-w", sources / "wheels", sources, **environment,
     )  # fmt: skip
+
+
+@needs_sources
+def test_a_source_distribution_has_all_that_is_compiled(sources: Path, tmp_path: Path) -> None:
+    command = (
+        f"import os; os.chdir({str(sources)!r}); import setuptools.build_meta as b; b.build_sdist('out')"
+    )
+    built = output(sys.executable, "-c", command)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (archive,) = (sources / "out").glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        present = {name.partition("/")[2] for name in files.getnames()}
+    compiled = {
+        str(path.relative_to(sources))
+        for folder in ("csrc", "cmake", "python")
+        for path in (sources / folder).rglob("*")
+        if path.is_file()
+    }
+    assert present >= {*compiled, "CMakeLists.txt", "setup.py", "pyproject.toml"}
 
 
 @needs_sources

@@ -196,6 +196,15 @@ def test_data_parallel_is_refused_in_training(gate_at: str, monkeypatch: pytest.
     assert len(_replicate(model, monkeypatch)) == 2
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_in_training_is_refused(strict: bool) -> None:
+    """The program would train what is above the layer, and neither it nor what is below."""
+    layer = ghl.GHLLinear(4, 3)
+    with pytest.raises(Exception, match=r"would leave a program that does not train it|Observed exception"):
+        torch.export.export(layer, (torch.randn(2, 4),), strict=strict)
+    torch.export.export(layer.eval(), (torch.randn(2, 4),), strict=strict)
+
+
 @pytest.mark.parametrize("gate_at", ["backward", "step"])
 def test_export_in_eval_mode(gate_at: str) -> None:
     """The graph is the torch model's: no operator of ours, the same numbers, batches of any size."""
