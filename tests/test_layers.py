@@ -598,7 +598,9 @@ def test_only_dense_input(method: str, layout: torch.layout) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_dtypes_need_autocast(backend: str, kind: str) -> None:
     _, ours, x = make(kind)
-    message = r"weight's dtype torch.float32 outside autocast, got torch.float64"
+    message = (
+        r"weight.s dtype torch.float32 where autocast does not turn both into another, got torch.float64"
+    )
     before = ours.weight.clone()
     for call in (ours, lambda x: ours.learn_(x, 0.1)):
         with pytest.raises(TypeError, match=message):
