@@ -136,7 +136,7 @@ struct PatchIndex {
       step[d] = static_cast<int32_t>(geometry.stride[d]);
       padding[d] = static_cast<int32_t>(geometry.padding[d]);
       dilation[d] = static_cast<int32_t>(geometry.dilation[d]);
-      // of a dimension of size 1 it means nothing: a multiple of it may not be aligned, though nothing is read
+      // of a dimension of size 1 it means nothing, and its multiples need not be aligned
       stride[d] = in_size[d] > 1 ? scale * params.x_stride[d] : 0;
     }
   }
