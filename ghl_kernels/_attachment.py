@@ -287,7 +287,6 @@ class Attachment:
 
     def drop_gradient(self) -> None:
         """Let no other optimizer step on a plain gradient."""
-        self.restore()
         if self._is_pending():
             self.weight.grad = None
 

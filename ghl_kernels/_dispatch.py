@@ -120,11 +120,8 @@ def pairs_winners(weight: torch.Tensor, geometry: Geometry | None, winners: int,
     units, channels = weight.shape[:2]
     if geometry is None or geometry.groups > 1 or not 1 < channels <= FEW_CHANNELS:
         return False
-    if (
-        not 0 < winners <= _WORTH_KEEPING * units
-        or not is_by_tap(weight)
-        or math.prod(geometry.kernel_size) == 1
-    ):
+    in_channels_last = math.prod(geometry.kernel_size) > 1 and is_by_tap(weight)
+    if not 0 < winners <= _WORTH_KEEPING * units or not in_channels_last:
         return False
     return _pairs_lists(weight.device, dtype, units, channels, geometry.kernel_size, winners)
 
@@ -133,8 +130,7 @@ def _pairs_lists(
     device: torch.device, dtype: torch.dtype, units: int, channels: int, kernel: tuple[int, ...], winners: int
 ) -> bool:
     """Whether the CUDA backend may and can sum A and G of such a layer from lists."""
-    names = _PREFERENCE.get(device.type, ()) if is_automatic() else (_Choice.name,)
-    if "cuda" not in names or _load("cuda").refusal(device, dtype):
+    if "cuda" not in _candidates(device) or _load("cuda").refusal(device, dtype):
         return False
     return bool(_load("cuda").pairs_lists(device, dtype, units, channels, kernel, winners))
 
@@ -193,6 +189,11 @@ def is_automatic() -> bool:
     return _Choice.name == "auto"
 
 
+def _candidates(device: torch.device) -> tuple[str, ...]:
+    """The backends that may run an operation, best first."""
+    return _PREFERENCE.get(device.type, ()) if is_automatic() else (_Choice.name,)
+
+
 def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The backend module that runs an operation on tensors of this device and dtype.
 
@@ -216,8 +217,10 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
 
 def tape_settings(device: torch.device, dtype: torch.dtype) -> Hashable:
     """What the choices of an operation on such tensors depend on; None where none is taped, see _tape.py."""
-    names = _PREFERENCE.get(device.type, ()) if is_automatic() else (_Choice.name,)
-    for name in names if _tapes(names) else ():
+    names = _candidates(device)
+    if not _tapes(names):
+        return None
+    for name in names:
         module = _load(name)
         if not module.refusal(device, dtype):
             settings = getattr(module, "tape_settings", None)

@@ -79,9 +79,7 @@ class Probe:
 
     def observe_responses(self, u: Tensor, dim: int) -> None:
         """Called by the layer with u, units along ``dim``, whenever it trains."""
-        if not _in_graph() and self._is_repetition():
-            return
-        if _in_graph() or self.is_due():
+        if _in_graph() or (not self._is_repetition() and self.is_due()):
             self.follow(u.device)
             torch.ops.ghl.observe_responses_(self.histogram, u, dim, self.number)
 

@@ -472,7 +472,7 @@ def _refuse_compilers() -> None:
             "torch.export of a GHL layer in training would leave a program that does not train it; call "
             "eval() first, and the layer is exported as its torch layer"
         )
-    if config is not None and getattr(config, "compiled_autograd", False):
+    if getattr(config, "compiled_autograd", False):
         raise RuntimeError(
             "GHL layers do not train under compiled autograd, which traces into their operations and keeps "
             "the sums of gradients that were zeroed; turn torch._dynamo.config.compiled_autograd off"

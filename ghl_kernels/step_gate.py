@@ -73,8 +73,8 @@ class Attachments:
     def detach(self) -> None:
         """Let go of the layers, which can be attached again, and drop the gradients that wait for a rule."""
         for member in self._members:
-            member.drop_gradient()
             member.detach()
+            member.drop_gradient()
         self._members = []
 
 

@@ -27,7 +27,7 @@ from bench.gpu.poison import poison
 from bench.gpu.stage import ROOT, Stage, available_kernels, read_json
 from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends.cuda.kernels import correlate
-from ghl_kernels.backends.gpu.layout import patches, responses
+from ghl_kernels.backends.gpu.layout import Patches, patches, responses
 from ghl_kernels.backends.gpu.state import State
 from ghl_kernels.rule import Competition
 
@@ -194,7 +194,6 @@ def _excess(result: Tensor, left: Tensor, x: Tensor, bound: float) -> float:
 
 
 def _run(device: torch.device, case: Any, made: Any, form: str) -> tuple[Tensor | None, Tensor | None]:
-    geometry = Geometry(case.kernel, case.stride, case.padding, case.dilation, case.groups)
     u, grad = (
         responses(_moved(tensor, device), 1) if name in case.wants else None
         for name, tensor in (("a", made.u), ("g", made.grad))
@@ -202,7 +201,7 @@ def _run(device: torch.device, case: Any, made: Any, form: str) -> tuple[Tensor 
     fields = (getattr(made, name) for name in State._fields)
     state: State | None = State(*(None if field is None else field.to(device) for field in fields))
     competition = Competition(ACTIVITIES[case.activity], case.winners, case.temperature, case.anti)
-    x = patches(_moved(made.x, device).movedim(-1, 1), geometry)
+    x = _patches(device, case, made)
     channels = case.result_channels or case.channels
     # A alone has it given
     if u is not None and grad is not None and form == "narrow":
@@ -215,9 +214,13 @@ def _run_lists(device: torch.device, case: Any, made: Any, y: Tensor) -> tuple[T
     """From the winners of y in place of u."""
     unit = y.topk(case.winners).indices.sort().values
     lists = (unit.int().to(device), y.gather(1, unit).float().to(device))
-    geometry = Geometry(case.kernel, case.stride, case.padding, case.dilation, case.groups)
-    x = patches(_moved(made.x, device).movedim(-1, 1), geometry)
+    x = _patches(device, case, made)
     return correlate.correlate_winners(x, *lists, responses(_moved(made.grad, device), 1))
+
+
+def _patches(device: torch.device, case: Any, made: Any) -> Patches:
+    geometry = Geometry(case.kernel, case.stride, case.padding, case.dilation, case.groups)
+    return patches(_moved(made.x, device).movedim(-1, 1), geometry)
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -22,6 +22,7 @@ from ghl_kernels.backends.cuda.kernels import correlate
 
 Step = Callable[[tuple[Tensor, ...]], None]
 StepOf = Callable[[nn.Module], Step]
+Around = Callable[[], contextlib.AbstractContextManager[Any]]
 
 WARM_UP = 3
 REPLAYS = 4
@@ -192,7 +193,7 @@ def _step_of(
     model: nn.Module,
     optimizer_of: OptimizerOf,
     gate_at: str,
-    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    around: Around = contextlib.nullcontext,
 ) -> Step:
     optimizer = optimizer_of(model.parameters())
     if gate_at == "step":
@@ -205,13 +206,11 @@ def _gated_step_of(model: nn.Module, options: dict[str, Any]) -> Step:
 
 
 def _fused_step_of(model: nn.Module, options: dict[str, Any]) -> Step:
-    return _stepping(model, ghl.GHLSGD(model, **options), contextlib.nullcontext)
+    return _stepping(model, ghl.GHLSGD(model, **options))
 
 
 def _stepping(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    around: Callable[[], contextlib.AbstractContextManager[Any]],
+    model: nn.Module, optimizer: torch.optim.Optimizer, around: Around = contextlib.nullcontext
 ) -> Step:
     def step(batch: tuple[Tensor, ...]) -> None:
         optimizer.zero_grad()

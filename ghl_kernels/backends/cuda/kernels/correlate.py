@@ -116,13 +116,14 @@ def makes_state(
 
 def takes_few_columns(x: Patches, u: Responses, grad: Responses | None) -> bool:
     """Whether an automatic choice is the kernel for few columns and units, for which x need not be padded."""
-    return _is_narrow(x, _described(x, u, grad, _ANY, x.channels, "automatic"))
+    return _is_narrow(**_described(x, u, grad, _ANY, x.channels, "automatic"), **place_of(x.tensor))
 
 
 def takes_winners(x: Patches, grad: Responses, winners: int) -> bool:
     """Whether A from so many winners of each position and G are the sums of one kernel."""
     described = _described(x, None, grad, _ANY, x.channels, "automatic")
-    return _is_narrow(x, described | {"winners": winners, "a": described["g"]})
+    described |= {"winners": winners, "a": described["g"]}
+    return _is_narrow(**described, **place_of(x.tensor))
 
 
 def pairs_lists(
@@ -133,7 +134,7 @@ def pairs_lists(
         return False
     *_, height, width = size = three(kernel, 1)
     columns = channels * math.prod(size)
-    form = _native.load_cuda().pair_form(
+    return _is_narrow(
         batch=1,
         channels=channels,
         in_size=size,
@@ -154,11 +155,10 @@ def pairs_lists(
         device=device.index or 0,
         stream=0,
     )
-    return bool(form == FORM["narrow"])
 
 
-def _is_narrow(x: Patches, described: dict[str, Any]) -> bool:
-    return bool(_native.load_cuda().pair_form(**described, **place_of(x.tensor)) == FORM["narrow"])
+def _is_narrow(**described: Any) -> bool:
+    return bool(_native.load_cuda().pair_form(**described) == FORM["narrow"])
 
 
 def _described(
