@@ -136,7 +136,12 @@ def evaluation_batches(
 
 def _loader(images: _Cropped, batches: list[list[int]], workers: int) -> Iterator[Batch]:
     loader = torch.utils.data.DataLoader(
-        images, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available()
+        images,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        # of its own: with every epoch begun, one resumed too, it draws a seed for workers, which use none
+        generator=torch.Generator(),
     )
     try:
         yield from loader

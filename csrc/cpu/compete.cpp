@@ -288,7 +288,7 @@ void activate(const Group& group, Activity activity) {
 
 // sum exp((u - largest) / temperature) over the winners.
 Floats sum_winners(const Group& group, const Exponential& exponential) {
-  BlockedSum sum;
+  BlockedSum<16> sum;
   Referee referee(group.selection);
   for (int64_t n = 0; n < group.params.units; ++n) {
     const Floats u = load(group.data + n * kLanes);
@@ -299,14 +299,14 @@ Floats sum_winners(const Group& group, const Exponential& exponential) {
 
 // The same over all units.
 Floats sum_all(const Group& group, const Exponential& exponential) {
-  BlockedSum sum;
+  BlockedSum<16> sum;
   for (int64_t n = 0; n < group.params.units; ++n) sum.add(n, exponential(load(group.data + n * kLanes)));
   return sum.total();
 }
 
 // The same, leaving the (perhaps negated) exponentials in the group, so that none is computed twice.
 Floats sum_and_keep(const Group& group, const Exponential& exponential) {
-  BlockedSum sum;
+  BlockedSum<16> sum;
   Negation negate(group.params.anti, group.extremes.largest);
   for (int64_t n = 0; n < group.params.units; ++n) {
     const Floats u = load(group.data + n * kLanes);

@@ -18,24 +18,29 @@ struct Exponential {
   GHL_INLINE Floats operator()(Floats u) const { return exp((u - largest) * inverse_temperature); }
 };
 
-// Sums over ascending units in blocks of neighbors, so that the rounding of many does not add up. The
-// blocks go by the unit, not by the number of calls: units may be left out that count in no lane.
+// Sums over ascending units in blocks of kBlock neighbors, whose sums are added without loss, so that the
+// rounding of many small terms does not add up. The blocks go by the unit, not by the number of calls: units
+// may be left out that count in no lane.
+template <int64_t kBlock>
 class BlockedSum {
  public:
   GHL_INLINE void add(int64_t unit, Floats value) {
     if (unit >= end_) flush(unit);
     block_ += value;
   }
-  GHL_INLINE Floats total() const { return total_ + block_; }
+  GHL_INLINE Floats total() const { return total_ + (lost_ + block_); }
 
  private:
-  static constexpr int64_t kBlock = 64;
+  // What a sum of floats loses is a float, too (Knuth's two-sum).
   GHL_INLINE void flush(int64_t unit) {
-    total_ += block_;
+    const Floats sum = total_ + block_, added = sum - total_;
+    lost_ += (total_ - (sum - added)) + (block_ - added);
+    total_ = sum;
     block_ = broadcast(0.0f);
     end_ = (unit / kBlock + 1) * kBlock;
   }
   Floats total_ = broadcast(0.0f);
+  Floats lost_ = broadcast(0.0f);
   Floats block_ = broadcast(0.0f);
   int64_t end_ = 0;
 };
@@ -81,7 +86,7 @@ float softmax_row(const U* u, int64_t units, float inverse_temperature, Y* y, fl
   if constexpr (std::is_same_v<Y, float>) {
     if (y != nullptr) kept = y;
   }
-  BlockedSum blocks;
+  BlockedSum<256> blocks;  // sixteen vectors
   for_vectors(0, units, [&](auto whole, int64_t n, int lanes) {
     const Floats e = exponential(load_lanes<whole>(u + n, lanes, kLeast));  // e^-inf counts as 0
     blocks.add(n, e);

@@ -58,6 +58,14 @@ def test_workers_change_no_bit(tmp_path: Path) -> None:
     assert y.tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_a_resumed_epoch_draws_nothing_from_the_default_generator(tmp_path: Path) -> None:
+    """A network's dropout would otherwise go on from another number than in the run that was not stopped."""
+    write_image_folder(tmp_path)
+    before = torch.get_rng_state()
+    list(FolderBatches(data.ImageFolder(tmp_path), 4, 0, 16).epoch(0, start=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_is_one_line(tmp_path: Path, workers: int) -> None:
     write_image_folder(tmp_path)

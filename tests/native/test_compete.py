@@ -212,6 +212,17 @@ def test_logsumexp(isa: str, winners: int, temperature: float) -> None:
     assert (result.logsumexp.double() - want).abs().max() <= 2 * eager_error + 1e-6
 
 
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("winners", [0, 999])
+def test_many_terms_below_the_rounding_of_the_largest_count(isa: str, winners: int, layout: str) -> None:
+    """Each of them added to the largest alone would be lost; together they are 500 roundings."""
+    u = torch.full((1, 1000, 18), -16.65)
+    u[:, 0] = 0.0
+    result = run(u, Rule("softmax", winners), layout)
+    want = u.double()[:, : winners or 1000].logsumexp(1)
+    assert (result.logsumexp.double() - want).abs().max() <= 1e-6
+
+
 def awkward_inputs() -> dict[str, Tensor]:
     shape = (2, 75, 19)
     few_values = torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(1)).float()
