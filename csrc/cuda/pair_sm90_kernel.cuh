@@ -170,6 +170,8 @@ __device__ __forceinline__ void produce_piece(const PairSm90& params, uint32_t s
   const Chunk second = chunk_of<Shape>(params, piece.tile, rank, warp + kWarps);
   const int consumer = response_of(warp, plan.cluster, rank);
   if (!chunk.exists && consumer < 0) {
+    // without a wait, so never to copy again: a barrier's parity tells one lap from the next, not from the
+    // one after it. Tiles with fewer chunks are the last ones.
     slot = after(slot, piece.end - piece.begin);
     return;
   }

@@ -126,11 +126,16 @@ def check_clusters(layout: ctypes.CDLL, rng: random.Random) -> int:
         rng.choice([2, 7, 132]),
     )
     numbers = (ctypes.c_int64 * 5)()
-    flat = (ctypes.c_int64 * 200000)()
+    flat = (ctypes.c_int64 * 240000)()
     count = layout.pieces(*problem, numbers, flat)
     cluster, tiles, stages, clusters, waves = numbers
-    rows = [tuple(flat[5 * i : 5 * i + 5]) for i in range(count)]
+    found = [tuple(flat[6 * i : 6 * i + 6]) for i in range(count)]
+    rows = [row[:5] for row in found]
     assert clusters * cluster <= problem[-1]
+    # a warp of the producer that has no chunk does not wait, and may not have one again: two laps on, the
+    # parity of a barrier says nothing
+    for (one, *_, before), (other, *_, chunks) in itertools.pairwise(found):
+        assert one != other or chunks <= before
     # every stage of every tile once; each cluster has its pieces in this order
     covered = sorted((tile, stage) for _, tile, begin, end, _ in rows for stage in range(begin, end))
     assert covered == [(tile, stage) for tile in range(tiles) for stage in range(stages)]

@@ -82,8 +82,8 @@ void tap_offsets(const int32_t* fields, int tap, int32_t* result) {
   for (int i = 0; i < 3; ++i) result[i] = offset_of(offsets, i);
 }
 
-// Every piece of every cluster: rows of cluster, tile, begin, end, slot (-1: whole), and the plan's numbers.
-// Returns the number of rows.
+// Every piece of every cluster: rows of cluster, tile, begin, end, slot (-1: whole), chunks; and the plan's
+// numbers. Returns the number of rows.
 int pieces(int64_t units, int64_t channels, int64_t taps, int64_t positions, bool both, int blocks,
            int64_t* numbers, int64_t* rows) {
   const Plan plan = make_plan(units, channels, taps, positions, both, blocks);
@@ -98,7 +98,9 @@ int pieces(int64_t units, int64_t channels, int64_t taps, int64_t positions, boo
     for (Piece piece; piece_after(plan, static_cast<int32_t>(cluster), done, piece); ++count) {
       done = done_after(plan, done, piece);
       const int64_t slot = is_whole(plan, piece) ? -1 : slot_of(plan, cluster, piece.tile);
-      for (const int64_t value : {cluster, piece.tile, int64_t{piece.begin}, int64_t{piece.end}, slot}) {
+      const int64_t chunks = chunks_of(plan, piece.tile);
+      for (const int64_t value :
+           {cluster, piece.tile, int64_t{piece.begin}, int64_t{piece.end}, slot, chunks}) {
         *rows++ = value;
       }
     }
