@@ -14,7 +14,7 @@ from ghl_kernels._geometry import Geometry, make_geometry
 from ghl_kernels.backends.eager import moments_size, sum_dtype
 from ghl_kernels.backends.gpu.layout import VECTOR, patches, responses
 from ghl_kernels.backends.gpu.state import State
-from ghl_kernels.backends.triton.kernels import compete, correlate, depthwise
+from ghl_kernels.backends.triton.kernels import correlate, depthwise
 from ghl_kernels.rule import Competition
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -188,14 +188,10 @@ def _swept(units: int) -> Iterator[Layer]:
 
 
 def _competition_cases(layer: Layer, label: str, competition: Competition) -> Iterator[Case]:
-    """Competitions by themselves, to y in float32 (what the mixing decays take) among others."""
+    """Competitions by themselves."""
     dim = 1
     about = f"{layer.name} {label}"
     yield Case(f"compete {about}", lambda ops, t: ops.compete(layer.u(t), dim, competition))
-    yield Case(
-        f"float32_activities {about}",
-        lambda ops, t: compete.activities(layer.u(t), dim, competition, torch.float32),
-    )
     yield Case(
         f"competition_state {about}", lambda ops, t: ops.competition_state(layer.u(t), dim, competition)
     )

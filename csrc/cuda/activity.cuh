@@ -15,6 +15,15 @@ struct Competition {
   float scale = 1.0f;    // 1 / temperature
 };
 
+// u where a unit wins and 0 elsewhere.
+__device__ __forceinline__ bool copies_winners(const Competition& competition) {
+  return competition.activity == Activity::linear && competition.selects && !competition.anti;
+}
+
+__device__ __forceinline__ bool is_plain_softmax(const Competition& competition) {
+  return competition.activity == Activity::softmax && !competition.selects && !competition.anti;
+}
+
 // What is known of a position. Where its u holds a NaN, threshold and logsumexp are NaN.
 struct PositionState {
   float threshold;  // the winners-th largest u; without winners 0, or NaN, the mark of a bad position

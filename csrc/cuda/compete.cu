@@ -29,7 +29,7 @@ std::string refusal(const CompeteParams& p) {
   if (p.units >= int64_t{1} << 31) return "at most 2^31 - 1 units";
   if (p.winners < 0 || p.winners > p.units) return "winners must lie between 0 and the number of units";
   if ((p.winner_unit || p.winner_activity || p.cut) && p.winners == 0) return "winners are asked for, of 0";
-  if (p.y && p.y_dtype != DType::f32 && p.y_dtype != p.u_dtype) return "y must have u's dtype or be float32";
+  if (p.y && p.y_dtype != p.u_dtype) return "y must have u's dtype";
   return "";
 }
 

@@ -44,9 +44,9 @@ inline bool are_rows(const CompeteParams& p) {
 
 inline CompeteArgs with_vectors(CompeteArgs args, bool rows) {
   const CompeteParams& p = args.p;
-  const auto whole = [&](DType dtype) { return !rows || p.units % (dtype == DType::f32 ? 4 : 8) == 0; };
-  args.u_vectors = whole(p.u_dtype) && is_aligned(p.u, p.u_dtype, p.u_layout, p.batch, rows);
-  args.y_vectors = p.y && whole(p.y_dtype) && is_aligned(p.y, p.y_dtype, p.y_layout, p.batch, rows);
+  const bool whole = !rows || p.units % (p.u_dtype == DType::f32 ? 4 : 8) == 0;
+  args.u_vectors = whole && is_aligned(p.u, p.u_dtype, p.u_layout, p.batch, rows);
+  args.y_vectors = p.y && whole && is_aligned(p.y, p.u_dtype, p.y_layout, p.batch, rows);
   return args;
 }
 
@@ -78,9 +78,9 @@ __device__ __forceinline__ Competition competition_of(const CompeteArgs& args) {
 template <class Run>
 __device__ __forceinline__ void by_competition(const CompeteArgs& args, Run run) {
   const Competition competition = competition_of(args);
-  if (competition.activity == Activity::linear && competition.selects && !competition.anti) {
+  if (copies_winners(competition)) {
     run(Competition{Activity::linear, true, false, 1.0f});
-  } else if (competition.activity == Activity::softmax && !competition.selects && !competition.anti) {
+  } else if (is_plain_softmax(competition)) {
     run(Competition{Activity::softmax, false, false, args.scale});
   } else {
     run(competition);

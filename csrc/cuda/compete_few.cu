@@ -6,10 +6,9 @@ namespace ghl {
 namespace {
 
 // Whether the two positions of a word always lie beside each other, at a multiple of their size.
-bool are_pairs(const void* data, DType dtype, const Layout& layout, const CompeteParams& p) {
-  const uintptr_t size = dtype == DType::f32 ? 8 : 4;
+bool are_pairs(const void* data, const Layout& layout, const CompeteParams& p) {
   return layout.stride_position == 1 && layout.stride_unit % 2 == 0 && p.positions % 2 == 0 &&
-         (p.batch == 1 || layout.stride_batch % 2 == 0) && reinterpret_cast<uintptr_t>(data) % size == 0;
+         (p.batch == 1 || layout.stride_batch % 2 == 0) && reinterpret_cast<uintptr_t>(data) % 4 == 0;
 }
 
 }  // namespace
@@ -17,8 +16,7 @@ bool are_pairs(const void* data, DType dtype, const Layout& layout, const Compet
 bool takes_few(const CompeteParams& p) {
   if (p.units > kFewUnits) return false;
   if (are_rows(p)) return true;
-  return p.u_dtype != DType::f32 && are_pairs(p.u, p.u_dtype, p.u_layout, p) &&
-         (!p.y || are_pairs(p.y, p.y_dtype, p.y_layout, p));
+  return p.u_dtype != DType::f32 && are_pairs(p.u, p.u_layout, p) && (!p.y || are_pairs(p.y, p.y_layout, p));
 }
 
 Status launch_few(const CompeteArgs& given, const DeviceInfo& info, Stream stream) {

@@ -55,25 +55,21 @@ __device__ __forceinline__ PairPlace pair_place(const CompeteParams& p, int64_t 
 }
 
 // From u in memory, which has it at hand still: from registers it would take twice as many.
-template <int kElements, class Y, class T>
+template <int kElements, class T>
 __device__ __forceinline__ void write_columns(const T* u, const PositionState (&at)[2],
-                                              const CompeteArgs& args, Y* y) {
+                                              const CompeteArgs& args, T* y) {
   const CompeteParams& p = args.p;
   const int first = static_cast<int>(ColumnLanes::index()) * kElements;
   const int end = min(first + kElements, static_cast<int>(p.units));
   const T* source = u + first * p.u_layout.stride_unit;
-  Y* target = y + first * p.y_layout.stride_unit;
+  T* target = y + first * p.y_layout.stride_unit;
   by_competition(args, [&](const Competition& competition) {
 #pragma unroll 4
     for (int unit = first; unit < end; ++unit) {
       const uint32_t pair = __ldg(reinterpret_cast<const uint32_t*>(source));
       const float low = activity_of(Pair<T>::low(pair), unit, at[0], competition);
       const float high = activity_of(Pair<T>::high(pair), unit, at[1], competition);
-      if constexpr (sizeof(Y) == 4) {
-        *reinterpret_cast<float2*>(target) = float2{low, high};
-      } else {
-        *reinterpret_cast<uint32_t*>(target) = Pair<Y>::rounded(low, high);
-      }
+      *reinterpret_cast<uint32_t*>(target) = Pair<T>::rounded(low, high);
       source += p.u_layout.stride_unit;
       target += p.y_layout.stride_unit;
     }
@@ -148,12 +144,11 @@ __global__ void __launch_bounds__(kCompeteThreads, (kFewPlaneBlocks<T, kElements
   }
   if (kStateOnly || !p.y || !place.exists) return;
   const int64_t offset = offset_of(p.y_layout, {place.item, place.within});
-  if (p.y_dtype == DType::f32) {
-    write_columns<kElements>(u, states, args, static_cast<float*>(p.y) + offset);
-  } else if (copies_winners(p)) {
-    write_winning_columns(row.word, states, args, static_cast<T*>(p.y) + offset);
+  T* y = static_cast<T*>(p.y) + offset;
+  if (copies_winners(competition_of(args))) {
+    write_winning_columns(row.word, states, args, y);
   } else {
-    write_columns<kElements>(u, states, args, static_cast<T*>(p.y) + offset);
+    write_columns<kElements>(u, states, args, y);
   }
 }
 

@@ -114,16 +114,7 @@ __global__ void __launch_bounds__(kCompeteThreads, (kFewRowBlocks<T, kElements, 
       }
       if (p.y && exists) {
         const int64_t offset = offset_of(p.y_layout, place_of(p, position));
-        if (p.y_dtype == DType::f32) {
-          write_row(row, at, args, static_cast<float*>(p.y) + offset);
-        } else if constexpr (sizeof(T) == 2) {
-          T* y = static_cast<T*>(p.y) + offset;
-          if (copies_winners(p) && args.y_vectors) {
-            write_winning_words(row, at, true, y);
-          } else {
-            write_row(row, at, args, y);
-          }
-        }
+        write_row(row, here, args, at, true, static_cast<T*>(p.y) + offset);
       }
     }
     first += step;

@@ -318,12 +318,12 @@ __device__ __forceinline__ void stage(const CompeteArgs& args, const T* u, int c
   }
 }
 
-template <class Y, class T>
+template <class T>
 __device__ __forceinline__ void write_long(const LongRow<T>& row, const CompeteArgs& args,
-                                           const PositionState& state, Y* y) {
+                                           const PositionState& state, T* y) {
   by_competition(args, [&](const Competition& competition) {
     row.for_each([&](int unit, float v) {
-      y[unit * args.p.y_layout.stride_unit] = from_float<Y>(activity_of(v, unit, state, competition));
+      y[unit * args.p.y_layout.stride_unit] = from_float<T>(activity_of(v, unit, state, competition));
     });
   });
 }
@@ -351,11 +351,7 @@ __global__ void __launch_bounds__(kCompeteThreads, 4) long_kernel(const __grid_c
     if (p.winner_unit || p.winner_activity) write_winners(row, args, position, state, workspace);
     if (p.y) {
       const int64_t offset = offset_of(p.y_layout, {place.item, place.within + i});
-      if (p.y_dtype == DType::f32) {
-        write_long(row, args, state, static_cast<float*>(p.y) + offset);
-      } else {
-        write_long(row, args, state, static_cast<T*>(p.y) + offset);
-      }
+      write_long(row, args, state, static_cast<T*>(p.y) + offset);
     }
     // the next position's state may not replace one that is still read
     __syncthreads();

@@ -104,29 +104,29 @@ __device__ __forceinline__ void load_tile(const CompeteArgs& args, const TilePla
 }
 
 // A thread writes the kPair positions of a word, of every kRows-th unit.
-template <class Y, class T>
+template <class T>
 __device__ __forceinline__ void write_tile(const CompeteArgs& args, const TilePlace& place, const T* tile,
                                            const PositionState* states) {
   constexpr int kPair = Tile<T>::kPair, kWords = Tile<T>::kPositions / kPair,
                 kRows = kCompeteThreads / kWords;
   const CompeteParams& p = args.p;
   const int first = static_cast<int>(threadIdx.x) % kWords * kPair;
-  Y* y = static_cast<Y*>(p.y) + offset_of(p.y_layout, {place.item, place.first + first});
+  T* y = static_cast<T*>(p.y) + offset_of(p.y_layout, {place.item, place.first + first});
   PositionState at[kPair];
 #pragma unroll
   for (int j = 0; j < kPair; ++j) at[j] = first + j < place.count ? states[first + j] : no_position();
   by_competition(args, [&](const Competition& competition) {
-#pragma unroll 2
+#pragma unroll(kIsBlackwell ? 1 : 2)
     for (int unit = static_cast<int>(threadIdx.x) / kWords; unit < static_cast<int>(p.units); unit += kRows) {
-      struct alignas(kPair * sizeof(Y)) Pair {
-        Y element[kPair];
+      struct alignas(4) Pair {
+        T element[kPair];
       } pair;
 #pragma unroll
       for (int j = 0; j < kPair; ++j) {
         const float u = to_float(tile[unit * Tile<T>::kPitch + first + j]);
-        pair.element[j] = from_float<Y>(activity_of(u, unit, at[j], competition));
+        pair.element[j] = from_float<T>(activity_of(u, unit, at[j], competition));
       }
-      Y* target = y + unit * p.y_layout.stride_unit;
+      T* target = y + unit * p.y_layout.stride_unit;
       if (args.y_vectors && place.count == Tile<T>::kPositions) {
         *reinterpret_cast<Pair*>(target) = pair;
       } else {
@@ -359,8 +359,8 @@ __global__ void __launch_bounds__(kCompeteThreads, (kTileBlocks<kElements, kStat
   load_tile<kElements* static_cast<int>(kWarp)>(args, place, tile);
   __syncthreads();
 
-  const bool copies = sizeof(T) == 2 && p.y && p.y_dtype != DType::f32 && copies_winners(p) &&
-                      args.y_vectors && place.count == Tile<T>::kPositions;
+  const bool copies = sizeof(T) == 2 && p.y && copies_winners(competition_of(args)) && args.y_vectors &&
+                      place.count == Tile<T>::kPositions;
   compete_tile<kElements, kStateOnly>(LoadedTile<T>{args, place, tile, shared, copies});
   __syncthreads();
   const int within = static_cast<int>(threadIdx.x);
@@ -371,11 +371,7 @@ __global__ void __launch_bounds__(kCompeteThreads, (kTileBlocks<kElements, kStat
   if constexpr (sizeof(T) == 2) {
     if (copies) return write_winning_tile(args, place, tile, shared.state);
   }
-  if (p.y_dtype == DType::f32) {
-    write_tile<float>(args, place, tile, shared.state);
-  } else {
-    write_tile<T>(args, place, tile, shared.state);
-  }
+  write_tile(args, place, tile, shared.state);
 }
 
 // Dynamic shared memory of a block.

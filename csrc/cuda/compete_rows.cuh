@@ -115,41 +115,74 @@ struct MemoryRow : RowOf<MemoryRow<T, kElements, Lanes>, kRun, kElements, Lanes>
 };
 
 // A run of y, from its first unit on, of which `left` are in the row.
-template <class Y>
-__device__ __forceinline__ void write_run(Y* y, const float (&value)[kRun], int left, bool vectors) {
+template <class T>
+__device__ __forceinline__ void write_run(T* y, const float (&value)[kRun], int left, bool vectors) {
   if (vectors) {
     if (left <= 0) return;
-    if constexpr (sizeof(Y) == 4) {
+    if constexpr (sizeof(T) == 4) {
       *reinterpret_cast<float4*>(y) = float4{value[0], value[1], value[2], value[3]};
     } else {
       *reinterpret_cast<uint2*>(y) =
-          uint2{Pair<Y>::rounded(value[0], value[1]), Pair<Y>::rounded(value[2], value[3])};
+          uint2{Pair<T>::rounded(value[0], value[1]), Pair<T>::rounded(value[2], value[3])};
     }
   } else {
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
-      if (j < left) y[j] = from_float<Y>(value[j]);
+      if (j < left) y[j] = from_float<T>(value[j]);
     }
   }
 }
 
-template <class Y, class Row>
-__device__ __forceinline__ void write_row(const Row& row, const PositionState& at, const CompeteArgs& args,
-                                          Y* y) {
-  by_competition(args, [&](const Competition& competition) {
+// From registers: long code, for a competition that the compiler knows.
+template <class Row, class T>
+__device__ __forceinline__ void write_kept_row(const Row& row, const PositionState& at,
+                                               const Competition& competition, bool vectors, T* y) {
 #pragma unroll
-    for (int first = 0; first < Row::kElements; first += kRun) {
-      if (!row.has_chunk(first)) break;
-      const int unit = Row::unit(first);
-      float value[kRun];
+  for (int first = 0; first < Row::kElements; first += kRun) {
+    if (!row.has_chunk(first)) break;
+    const int unit = Row::unit(first);
+    float value[kRun];
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) value[j] = activity_of(row.value(first + j), unit + j, at, competition);
-      write_run(y + unit, value, row.units - unit, args.y_vectors);
-    }
-  });
+    for (int j = 0; j < kRun; ++j) value[j] = activity_of(row.value(first + j), unit + j, at, competition);
+    write_run(y + unit, value, row.units - unit, vectors);
+  }
 }
 
-// The winners' own values, in u's dtype of 16 bits and by whole runs; `ties` unless every unit that equals
+// From u in memory, which has it at hand still: short code, for any competition. mine: as of MemoryRow::load.
+template <class Row, class T>
+__device__ __forceinline__ void write_read_row(const Row& row, const T* mine, const PositionState& at,
+                                               const Competition& competition, bool vectors, T* y) {
+#pragma unroll 1
+  for (int first = 0; first < Row::kElements && row.has_chunk(first); first += kRun) {
+    const int unit = Row::unit(first);
+    const T* from = mine + (unit - Row::unit(0));
+    float value[kRun];
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      value[j] = unit + j < row.units ? activity_of(to_float(from[j]), unit + j, at, competition) : 0.0f;
+    }
+    write_run(y + unit, value, row.units - unit, vectors);
+  }
+}
+
+// Winners' own values of 16 bits are words; of floats, some rows leave no registers.
+template <class Row, class T>
+constexpr bool kKeepsWinners = sizeof(T) == 4 && !(kIsBlackwell && Row::kElements > 16);
+
+template <class Row, class T>
+__device__ __forceinline__ void write_activities(const Row& row, const T* mine, const PositionState& at,
+                                                 const CompeteArgs& args, T* y) {
+  const Competition competition = competition_of(args);
+  if (is_plain_softmax(competition)) {
+    write_kept_row(row, at, Competition{Activity::softmax, false, false, args.scale}, args.y_vectors, y);
+  } else if (kKeepsWinners<Row, T> && copies_winners(competition)) {
+    write_kept_row(row, at, Competition{Activity::linear, true, false, 1.0f}, args.y_vectors, y);
+  } else {
+    write_read_row(row, mine, at, competition, args.y_vectors, y);
+  }
+}
+
+// The winners' own values, of 16 bits and by whole runs; `ties` unless every unit that equals
 // the threshold wins.
 template <class Row, class T>
 __device__ __forceinline__ void write_winning_words(const Row& row, const PositionState& at, bool ties,
@@ -176,6 +209,15 @@ __device__ __forceinline__ void write_winning_words(const Row& row, const Positi
       return Pair<T>::above(row.word[i], threshold) | (Pair<T>::reaching(row.word[i], threshold) & wins_ties);
     });
   }
+}
+
+template <class Row, class T>
+__device__ __forceinline__ void write_row(const Row& row, const T* mine, const CompeteArgs& args,
+                                          const PositionState& at, bool ties, T* y) {
+  if constexpr (sizeof(T) == 2) {
+    if (copies_winners(competition_of(args)) && args.y_vectors) return write_winning_words(row, at, ties, y);
+  }
+  write_activities(row, mine, at, args, y);
 }
 
 // Blocks of a multiprocessor at once: so many that the registers of a row leave room for.
@@ -230,16 +272,7 @@ __global__ void __launch_bounds__(kCompeteThreads, (kRowBlocks<T, kElements, kSt
     if (p.winner_unit || p.winner_activity) write_winners(row, chosen, args, position, at, listed[warp]);
     if (p.y) {
       const int64_t offset = offset_of(p.y_layout, place_of(p, position));
-      if (p.y_dtype == DType::f32) {
-        write_row(row, at, args, static_cast<float*>(p.y) + offset);
-      } else if constexpr (sizeof(T) == 2) {
-        T* y = static_cast<T*>(p.y) + offset;
-        if (copies_winners(p) && args.y_vectors) {
-          write_winning_words(row, at, chosen.ties, y);
-        } else {
-          write_row(row, at, args, y);
-        }
-      }
+      write_row(row, here, args, at, chosen.ties, static_cast<T*>(p.y) + offset);
     }
     if (next >= positions) return;
     position = next;

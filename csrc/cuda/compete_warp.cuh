@@ -34,11 +34,6 @@ __device__ __forceinline__ int warp_index() {
   return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / kWarp), 0);
 }
 
-// Whether a y of u's dtype is u where a unit wins and 0 elsewhere.
-__device__ __forceinline__ bool copies_winners(const CompeteParams& p) {
-  return p.activity == Activity::linear && p.winners > 0 && !p.anti;
-}
-
 // A field of the state to each of the first lanes: where it is written, which may be nowhere, and its bits.
 __device__ __forceinline__ uint32_t* field_pointer(const CompeteParams& p, unsigned lane) {
   void* const field = lane == 0   ? static_cast<void*>(p.threshold)

@@ -525,7 +525,7 @@ __device__ __forceinline__ void consume_piece(const PairSm90& params, const unsi
   };
   if (!params.is_activity[consumer]) {
     multiply_gradient<T>(d, stages, consumer);
-  } else if (competition.activity == Activity::softmax && !competition.selects && !competition.anti) {
+  } else if (is_plain_softmax(competition)) {
     multiply(SoftmaxActivity{competition.scale});
   } else {
     multiply(AnyActivity{competition});

@@ -9,7 +9,7 @@ using py::literals::operator""_a;
 
 void compete(uintptr_t u, int u_dtype, const Triple& u_layout, int64_t batch, int64_t units,
              int64_t positions, int activity, int64_t winners, float temperature, bool anti, uintptr_t y,
-             int y_dtype, const Triple& y_layout, uintptr_t threshold, uintptr_t cut, uintptr_t logsumexp,
+             const Triple& y_layout, uintptr_t threshold, uintptr_t cut, uintptr_t logsumexp,
              bool keeps_infinity, uintptr_t first, uintptr_t winner_unit, uintptr_t winner_activity,
              int device, uintptr_t stream) {
   CompeteParams params;
@@ -24,7 +24,7 @@ void compete(uintptr_t u, int u_dtype, const Triple& u_layout, int64_t batch, in
   params.temperature = temperature;
   params.anti = anti;
   params.y = pointer<void>(y);
-  params.y_dtype = gpu_dtype("y_dtype", y_dtype);
+  params.y_dtype = params.u_dtype;
   params.y_layout = layout(y_layout);
   params.threshold = pointer<float>(threshold);
   params.cut = pointer<int32_t>(cut);
@@ -81,7 +81,7 @@ void define_sums(py::module_& module, ActivitySumsParams (*build)(Fields...)) {
 void define(py::module_& module) {
   const Triple zeros{0, 0, 0};
   module.def("compete", compete, py::kw_only(), "u"_a, "u_dtype"_a, "u_layout"_a, "batch"_a, "units"_a,
-             "positions"_a, "activity"_a, "winners"_a, "temperature"_a, "anti"_a, "y"_a = 0, "y_dtype"_a = 0,
+             "positions"_a, "activity"_a, "winners"_a, "temperature"_a, "anti"_a, "y"_a = 0,
              "y_layout"_a = zeros, "threshold"_a = 0, "cut"_a = 0, "logsumexp"_a = 0,
              "keeps_infinity"_a = false, "first"_a = 0, "winner_unit"_a = 0, "winner_activity"_a = 0,
              "device"_a, "stream"_a);

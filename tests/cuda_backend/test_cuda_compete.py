@@ -114,8 +114,9 @@ def assert_state(u: Tensor, dim: int, competition: Competition) -> None:
         assert torch.equal(unit[~bad], eager.winners(u.double(), dim, competition)[0][~bad])
         assert torch.equal(unit[:, 0] == -1, bad)
         assert ((unit[:, 1:] >= 0) & (unit[:, 1:] < u.shape[dim])).all()
-        y = by_position(compete.activities(u, dim, competition, torch.float32), dim)
-        assert torch.equal(activity.nan_to_num(7.0), y.gather(1, unit.clamp_min(0).long()).nan_to_num(7.0))
+        y = by_position(compete.activities(u, dim, competition), dim)
+        listed = y.gather(1, unit.clamp_min(0).long())
+        assert torch.equal(activity.to(y.dtype).nan_to_num(7.0), listed.nan_to_num(7.0))
         assert activity[bad].isnan().all()
     elif threshold is not None:
         assert torch.equal(threshold.isnan(), bad)
@@ -135,11 +136,10 @@ def assert_sums(u: Tensor, dim: int, competition: Competition) -> None:
 def check(u: Tensor, dim: int, competition: Competition) -> None:
     """Everything that the module computes for one u."""
     assert_full_state(u, dim, competition)
-    for dtype in {torch.float32, u.dtype}:
-        y = compete.activities(u, dim, competition, dtype)
-        assert y.dtype == dtype
-        assert y.stride() == torch.empty_like(u).stride()
-        assert_activities(y, u, dim, competition)
+    y = compete.activities(u, dim, competition)
+    assert y.dtype == u.dtype
+    assert y.stride() == torch.empty_like(u).stride()
+    assert_activities(y, u, dim, competition)
     assert_state(u, dim, competition)
     assert_sums(u, dim, competition)
 
@@ -238,7 +238,7 @@ def awkward_rows(units: int) -> Tensor:
 def test_awkward_values(competition: Competition, units: int, dtype: torch.dtype) -> None:
     rows = awkward_rows(units).to(dtype)
     for u in (rows, rows.t().contiguous().t()):
-        y = compete.activities(u, 1, competition, torch.float32)
+        y = compete.activities(u, 1, competition)
         for row, actual in zip(rows, y, strict=True):
             assert_activities(actual, row, 0, competition)
         assert_state(u, 1, competition)
@@ -271,7 +271,7 @@ def test_survivors_that_are_too_many(units: int, k: int, negative: bool, dtype: 
     competition = Competition("linear", k, 1.0, False)
     for layout in (u, u.t().contiguous().t()):
         assert_full_state(layout, 1, competition)
-        assert_activities(compete.activities(layout, 1, competition, dtype), u, 1, competition)
+        assert_activities(compete.activities(layout, 1, competition), u, 1, competition)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -288,7 +288,7 @@ def test_winners_of_whole_runs(units: int, dtype: torch.dtype) -> None:
     u = u.to(dtype)
     for layout, k in itertools.product((u, u.t().contiguous().t()), (1, 8, 20, 28, 32)):
         competition = Competition("linear", k, 1.0, False)
-        assert_activities(compete.activities(layout, 1, competition, dtype), layout, 1, competition)
+        assert_activities(compete.activities(layout, 1, competition), layout, 1, competition)
         assert_state(layout, 1, competition)
 
 
@@ -302,7 +302,7 @@ def test_as_many_winners_as_a_warp_has_lanes(units: int, dtype: torch.dtype) -> 
     u = u.to(dtype)
     for layout, k in itertools.product((u, u.t().contiguous().t()), (26, 27, 30, 31, 32, 33)):
         competition = Competition("linear", k, 1.0, False)
-        assert_activities(compete.activities(layout, 1, competition, dtype), layout, 1, competition)
+        assert_activities(compete.activities(layout, 1, competition), layout, 1, competition)
         assert_state(layout, 1, competition)
 
 
@@ -334,7 +334,7 @@ def test_few_units_and_every_number_of_winners(units: int, dtype: torch.dtype) -
     for u, k in itertools.product((rows, planes), range(1, units + 1)):
         competition = Competition("linear", k, 1.0, False)
         assert_state(u, 1, competition)
-        assert_activities(compete.activities(u, 1, competition, dtype), u, 1, competition)
+        assert_activities(compete.activities(u, 1, competition), u, 1, competition)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -356,10 +356,8 @@ def test_few_units_of_every_rule(units: int, layout: str, dtype: torch.dtype) ->
         Competition("linear", 0, 1.0, False),
         Competition("binary", half_win, 1.0, False),
     ):
-        for y_dtype in (torch.float32, dtype):
-            y = compete.activities(rows, 1, competition, y_dtype)
-            for row, actual in zip(rows, y, strict=True):
-                assert_activities(actual, row, 0, competition)
+        for row, actual in zip(rows, compete.activities(rows, 1, competition), strict=True):
+            assert_activities(actual, row, 0, competition)
         assert_state(rows, 1, competition)
     threshold, cut, _ = compete.full_state(responses(rows, 1), Competition("softmax", few_win, 1.0, False))
     oracle = eager.competition_state(rows.double(), 1, Competition("softmax", few_win, 1.0, False))
@@ -374,7 +372,7 @@ def test_very_long_rows(dtype: torch.dtype) -> None:
     for k in (5, 250, 30_000):
         competition = Competition("softmax", k, 1.0, k == 5)
         assert_full_state(u, 1, competition)
-        assert_activities(compete.activities(u, 1, competition, torch.float32), u, 1, competition)
+        assert_activities(compete.activities(u, 1, competition), u, 1, competition)
     assert_state(u, 1, Competition("linear", 250, 1.0, False))
 
 
@@ -402,7 +400,7 @@ def test_any_schedule_gives_the_same(cuda: ModuleType, order: str) -> None:
                 view = responses(u, dim)
                 state = compete.state(view, competition)
                 results += [field for field in state if field is not None]
-                results += [compete.activities(u, dim, competition, u.dtype)]
+                results += [compete.activities(u, dim, competition)]
                 results += [compete.activity_sums(view, state, competition)]
                 results += compete.winner_lists(view, competition) if competition.winners else ()
         return results
@@ -416,7 +414,7 @@ def test_any_schedule_gives_the_same(cuda: ModuleType, order: str) -> None:
 def test_no_positions(shape: tuple[int, ...]) -> None:
     u = torch.empty(shape)
     for competition in (Competition("softmax", 0, 1.0, False), Competition("linear", 2, 1.0, True)):
-        assert compete.activities(u, 1, competition, torch.float32).shape == shape
+        assert compete.activities(u, 1, competition).shape == shape
         view = responses(u, 1)
         state = compete.state(view, competition)
         fields = (*compete.full_state(view, competition), *state)
@@ -435,7 +433,7 @@ def test_output_that_is_laid_out_otherwise() -> None:
         torch.randn(2, 7, 4, 3, 5)[:, :5, :, ::2],
     ):
         for dim in (1, u.dim() - 1):
-            y = compete.activities(u, dim, competition, torch.float32)
+            y = compete.activities(u, dim, competition)
             assert y.stride() == torch.empty_like(u).stride()
             assert_activities(y, u, dim, competition)
 
@@ -452,10 +450,7 @@ def test_any_rule(data: st.DataObject) -> None:
 def test_refusals_name_operation_and_shape(cuda: ModuleType) -> None:
     u = torch.zeros(3, 5)
     arguments = addresses(compete._arguments(responses(u, 1), 3, Competition("linear", 2, 1.0, False)))
-    y = {"y": u.data_ptr(), "y_dtype": 1, "y_layout": (0, 1, 5)}
     with pytest.raises(RuntimeError, match=r"competition of \(1, 5, 3\), 9 winners: winners must lie"):
         cuda.compete(**{**arguments, "winners": 9}, **stream_of(u))
-    with pytest.raises(RuntimeError, match=r"y must have u's dtype"):
-        cuda.compete(**arguments, **y, **stream_of(u))
     with pytest.raises(ValueError, match="u_dtype must lie between 0 and 2"):
         cuda.compete(**{**arguments, "u_dtype": 3}, **stream_of(u))

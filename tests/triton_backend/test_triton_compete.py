@@ -91,11 +91,10 @@ def check(u: Tensor, dim: int, competition: Competition) -> None:
     finite = [field.masked_fill(infinite, 0.0)[:, None] for field in (logsumexp, plain, oracle[2], allowed)]
     assert_as_good(*finite)
 
-    for dtype in {torch.float32, u.dtype}:
-        y = compete.activities(u, dim, competition, dtype)
-        assert y.dtype == dtype
-        assert y.stride() == torch.empty_like(u).stride()
-        assert_activities(y, u, dim, competition)
+    y = compete.activities(u, dim, competition)
+    assert y.dtype == u.dtype
+    assert y.stride() == torch.empty_like(u).stride()
+    assert_activities(y, u, dim, competition)
 
     state = compete.state(view, competition)
     assert [field is not None for field in state] == list(needs(competition))
@@ -107,9 +106,8 @@ def check(u: Tensor, dim: int, competition: Competition) -> None:
         assert torch.equal(unit[~bad], expected[~bad])
         assert (unit[bad, 0] == -1).all()
         assert activity[bad].isnan().all()
-        rows = y_rows(compete.activities(u, dim, competition, torch.float32), dim)
-        listed = rows.gather(1, unit.clamp_min(0).long())
-        assert torch.equal(activity.nan_to_num(7.0), listed.nan_to_num(7.0))
+        listed = y_rows(y, dim).gather(1, unit.clamp_min(0).long())
+        assert torch.equal(activity.to(y.dtype).nan_to_num(7.0), listed.nan_to_num(7.0))
     elif state.threshold is not None:
         assert torch.equal(state.threshold.isnan(), bad)
         assert (state.threshold[~bad] == 0).all()
@@ -204,7 +202,7 @@ def awkward_rows() -> Tensor:
 ], ids=str)  # fmt: skip
 def test_awkward_values(competition: Competition, dtype: torch.dtype) -> None:
     rows = awkward_rows().to(dtype)
-    y = compete.activities(rows, 1, competition, torch.float32)
+    y = compete.activities(rows, 1, competition)
     for row, actual in zip(rows, y, strict=True):
         assert_activities(actual, row, 0, competition)
     if competition.winners:
@@ -248,7 +246,7 @@ def test_very_long_rows(dtype: torch.dtype) -> None:
         oracle = eager.competition_state(u.double(), 1, competition)
         assert_same(threshold, oracle[0])
         assert_same(cut, oracle[1])
-        assert_activities(compete.activities(u, 1, competition, torch.float32), u, 1, competition)
+        assert_activities(compete.activities(u, 1, competition), u, 1, competition)
 
 
 @pytest.fixture
@@ -302,7 +300,7 @@ def test_bisection_of_a_long_row(monkeypatch: pytest.MonkeyPatch, bisections: li
 def test_no_positions(shape: tuple[int, ...]) -> None:
     u = torch.empty(shape)
     for competition in (Competition("softmax", 0, 1.0, False), Competition("linear", 2, 1.0, True)):
-        assert compete.activities(u, 1, competition, torch.float32).shape == shape
+        assert compete.activities(u, 1, competition).shape == shape
         view = responses(u, 1)
         state = compete.state(view, competition)
         assert all(
@@ -324,7 +322,7 @@ def test_output_that_is_laid_out_otherwise() -> None:
         torch.randn(2, 7, 4, 3, 5)[:, :5, :, ::2],
     ):
         for dim in (1, u.dim() - 1):
-            y = compete.activities(u, dim, competition, torch.float32)
+            y = compete.activities(u, dim, competition)
             assert y.stride() == torch.empty_like(u).stride()
             assert_activities(y, u, dim, competition)
 
@@ -345,7 +343,7 @@ def test_launches_can_be_listed() -> None:
         view = responses(u, 1)
         state = compete.state(view, competition)
         compete.full_state(view, competition)
-        compete.activities(u, 1, competition, u.dtype)
+        compete.activities(u, 1, competition)
         compete.winner_lists(view, competition)
         compete.activity_sums(view, state, competition)
     kernels = [launched.kernel.__name__ for launched in launches]
@@ -362,7 +360,7 @@ def test_tiles(gpu: Arch, planes: bool, dtype: torch.dtype) -> None:
         strides = (units * inner, 1, inner) if planes else (units * inner, units, 1)
         cut = tiles.Grid(torch.empty(0, dtype=dtype), 3, inner, *strides)
         winners = {0, 1, min(units, 9), units // 2, units}
-        for k, beside in itertools.product(winners, ({}, {"lists": True}, {"widens": True})):
+        for k, beside in itertools.product(winners, ({}, {"lists": True})):
             tile = tiles.tile_of(cut, units, k, gpu, **beside)
             held = tile.positions * tile.units * tile.pieces
             # rows in pieces need registers for what is gathered over them
@@ -373,7 +371,7 @@ def test_tiles(gpu: Arch, planes: bool, dtype: torch.dtype) -> None:
             if tile.bounded:
                 assert 2 * k <= tile.units or (tile.pieces == 1 and tile.whole)
             # what ptxas is told it is told for these alone
-            told = not gpu.is_amd and ("widens" in beside or not tile.whole)
+            told = not gpu.is_amd and not tile.whole
             assert tile.registers == (255 if told else None)
 
 

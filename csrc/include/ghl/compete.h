@@ -35,8 +35,8 @@ struct CompeteParams {
   float temperature = 1.0f;  // softmax(u / temperature)
   bool anti = false;         // negate the activity of every unit but the single largest
 
-  void* y = nullptr;  // [batch, units, positions]
-  DType y_dtype = DType::f32;
+  void* y = nullptr;           // [batch, units, positions]
+  DType y_dtype = DType::f32;  // any of them; on GPUs that of u
   Layout y_layout;
 
   // [batch * positions] log sum exp(u / temperature) over the winners; NaN where softmax is

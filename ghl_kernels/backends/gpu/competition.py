@@ -55,13 +55,13 @@ def full_state(run: Run, u: Responses, competition: Competition) -> tuple[Tensor
     return threshold, cut, logsumexp
 
 
-def activities(run: Run, u: Tensor, dim: int, competition: Competition, dtype: torch.dtype) -> Tensor:
-    """y = c(u) in ``dtype``, shape and layout of u; units along ``dim``."""
-    y = torch.empty_like(u, dtype=dtype)
+def activities(run: Run, u: Tensor, dim: int, competition: Competition) -> Tensor:
+    """y = c(u), of u's dtype, shape and layout; units along ``dim``."""
+    y = torch.empty_like(u)
     source, target = responses(u, dim), responses(y, dim)
     if source.inner != target.inner and min(source.inner, target.inner) > 1:
         source = responses(u.contiguous(), dim)
-        target = responses(torch.empty(u.shape, dtype=dtype, device=u.device), dim)
+        target = responses(torch.empty(u.shape, dtype=u.dtype, device=u.device), dim)
     run(source, competition, target)
     return y if target.tensor is y else y.copy_(target.tensor)
 

@@ -71,7 +71,7 @@ class Operations(abc.ABC):
 
     def compete(self, u: Tensor, dim: int, competition: Competition) -> Tensor:
         """y = c(u), same shape and dtype as u."""
-        return self.competing.activities(u, dim, competition, u.dtype)
+        return self.competing.activities(u, dim, competition)
 
     def competition_state(
         self, u: Tensor, dim: int, competition: Competition
@@ -241,7 +241,7 @@ class Operations(abc.ABC):
         """By the library's products with float32 results, y written a piece at a time."""
         A: Tensor | None = None
         for rows in self._pieces(u.shape[0], u.shape[1] * u.element_size(), x.device):
-            y = self.competing.activities(u[rows], 1, competition, x.dtype)
+            y = self.competing.activities(u[rows], 1, competition)
             A = _add_product(A, y, x[rows])
             self._add_moments(moments, y, u[rows], 1, 1, competition, decay)
         assert A is not None
@@ -297,7 +297,7 @@ class Operations(abc.ABC):
         shape = (u.shape[1], x.shape[1] // geometry.groups, *geometry.kernel_size)
         A: Tensor | None = None
         for items in self._pieces(x.shape[0], u[0].numel() * u.element_size(), x.device):
-            y = self.competing.activities(u[items], 1, competition, x.dtype)
+            y = self.competing.activities(u[items], 1, competition)
             part = eager.conv_correlate(x[items], y, shape, geometry)
             A = part if A is None else A.add_(part)
             self._add_moments(moments, y, u[items], 1, geometry.groups, competition, decay)
@@ -359,9 +359,12 @@ class Operations(abc.ABC):
                 view, state or self.competing.state(view, competition), competition
             )
         elif decay in ("subspace", "sanger"):
-            if y is None or y.dtype != torch.float32:
-                y = self.competing.activities(u, dim, competition, torch.float32)
-            eager.add_moments(moments, y.movedim(dim, -1), groups, decay)
+            if y is not None and y.dtype == torch.float32:
+                eager.add_moments(moments, y.movedim(dim, -1), groups, decay)
+                return
+            for items in self._pieces(u.shape[0], u[0].numel() * moments.element_size(), u.device):
+                y = self.competing.activities(u[items].float(), dim, competition)
+                eager.add_moments(moments, y.movedim(dim, -1), groups, decay)
 
     def _winner_sums(
         self,

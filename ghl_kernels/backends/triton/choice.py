@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from ghl_kernels import _dispatch
@@ -74,9 +73,9 @@ def _competing(function: str, u: Tensor, units: int, unit_stride: int) -> Module
 class Competing:
     """The functions of kernels/compete.py."""
 
-    def activities(self, u: Tensor, dim: int, competition: Competition, dtype: torch.dtype) -> Tensor:
+    def activities(self, u: Tensor, dim: int, competition: Competition) -> Tensor:
         module = _competing("activities", u, u.shape[dim], u.stride(dim))
-        return module.activities(u, dim, competition, dtype)
+        return module.activities(u, dim, competition)
 
     def state(self, u: Responses, competition: Competition) -> State:
         return self._module("state", u).state(u, competition)

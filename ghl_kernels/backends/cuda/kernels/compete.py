@@ -56,11 +56,7 @@ def _compete(
     inner = _items(u, y) if y else _items(u)
     activities: dict[str, Any] = {}
     if y is not None:
-        activities = {
-            "y": y.tensor,
-            "y_dtype": DTYPE[y.tensor.dtype],
-            "y_layout": _layout(y, inner),
-        }
+        activities = {"y": y.tensor, "y_layout": _layout(y, inner)}
     queue(
         _native.load_cuda().compete,
         **_arguments(u, inner, competition),

@@ -302,7 +302,6 @@ def _compete(
         competition.winners,
         arch_of(u.tensor.device),
         lists=outputs.get("winner_unit") is not None,
-        widens=y is not None and y.tensor.element_size() > u.tensor.element_size(),
     )
     tiles = triton.cdiv(source.inner, tile.positions)
     names = ("threshold", "cut", "logsumexp", "first", "winner_unit", "winner_activity")

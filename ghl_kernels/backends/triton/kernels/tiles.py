@@ -67,17 +67,15 @@ class Tile(NamedTuple):
     registers: int | None = None  # a thread may take; None: the compiler weighs them against occupancy
 
 
-def tile_of(
-    cut: Grid, units: int, winners: int, gpu: Arch, *, lists: bool = False, widens: bool = False
-) -> Tile:
+def tile_of(cut: Grid, units: int, winners: int, gpu: Arch, *, lists: bool = False) -> Tile:
     """The tile for a tensor of ``units`` units, of which ``winners`` win (0: none are chosen).
 
     Where positions are contiguous a tile takes at least a sector of memory of them. Else a row lies within
-    one warp where it fits, so that no reduction has to wait for other warps. ``lists``, ``widens``: the ranks
-    of winners among others, or y in more bits than u, need registers too.
+    one warp where it fits, so that no reduction has to wait for other warps. ``lists``: the ranks of
+    winners among others need registers too.
     """
     itemsize = cut.tensor.dtype.itemsize
-    lane = min(_lane_values(itemsize, gpu), _PER_LANE // (2 if lists or widens else 1))
+    lane = min(_lane_values(itemsize, gpu), _PER_LANE // (2 if lists else 1))
     inner = triton.next_power_of_2(cut.inner)
     sector = min(_SECTOR // itemsize, inner) if cut.planes else 1
     width, pieces = _pieces(units, winners, 1 if cut.planes else _LEAST_UNITS)
@@ -102,7 +100,7 @@ def tile_of(
         vector=min(2, positions) if cut.planes else 1,
         warps=warps,
         # told so for others ptxas spills, or runs fewer blocks, where it otherwise does not
-        registers=gpu.registers if widens or not whole else None,
+        registers=None if whole else gpu.registers,
     )
 
 
