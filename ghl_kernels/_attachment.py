@@ -7,6 +7,7 @@ when, it accumulates weight.grad.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -29,15 +30,27 @@ untraced = _disable_dynamo
 class _Seen(NamedTuple):
     """A tensor at one moment: whether it is the same and unchanged can be asked later, on the host."""
 
-    tensor: weakref.ref[Tensor]
+    tensor: Callable[[], Tensor | None]
     version: int
 
     @classmethod
     def now(cls, tensor: Tensor) -> _Seen:
         return cls(weakref.ref(tensor), tensor._version)
 
-    def still_is(self, tensor: Tensor) -> bool:
-        return self.tensor() is tensor and self.version == tensor._version
+    @classmethod
+    def nothing(cls) -> _Seen:
+        return cls(lambda: None, 0)
+
+    def still_is(self, tensor: Tensor | None) -> bool:
+        return tensor is not None and self.tensor() is tensor and self.version == tensor._version
+
+
+class _Swap(NamedTuple):
+    """The plain gradient and the gated one that is weight.grad in its place, as it was then."""
+
+    plain: Tensor
+    gated: Tensor
+    version: int
 
 
 # by the id of the weight, which its attachment keeps alive
@@ -133,6 +146,7 @@ class Attachment:
             weight.register_hook(self._begin_gradient),
             weight.register_post_accumulate_grad_hook(_weakly(self._end_gradient)),
         ]
+        self._implementation = weight._cdata
         self._peers: Sequence[Attachment] = (self,)  # who looks when a pass of this one begins
         self._is_shared = False  # weight.grad gets other processes' gradients, too
         self._pass: int | None = None
@@ -141,8 +155,8 @@ class Attachment:
         self._was_look = False  # it was a look, and no pass has followed
         self._fresh_starts = 0  # passes in a row that found no weight.grad
         self._stepped: _Seen | None = None  # weight.grad as the last step left it, until the next pass
-        self._weight_version: int | None = None
-        self._swapped: tuple[Tensor, Tensor] | None = None  # plain and gated, while weight.grad is gated
+        self._weight_state: tuple[int, int] | None = None  # of the passes
+        self._swapped: _Swap | None = None  # in a step
         self._is_arriving = [False, False]  # a gradient, which may be undefined, at the weight and at A
         self._accumulated = [0, 0]  # passes that added to weight.grad and to the sums, since it was changed
         self._has_marks = False  # some pass's rule had no gate, and left a mark in place of G
@@ -168,8 +182,10 @@ class Attachment:
         if self._A.device != weight.device or self._A.dtype != sum_dtype(weight.dtype):
             self._convert_leaves()
         # not asked by a compiler, which would compile anew for either answer
-        if not torch.compiler.is_compiling() and self.weight.grad is None:
-            self._drop()  # now rather than in backward: a copy of the weights less at the peak
+        if not torch.compiler.is_compiling():
+            self._follow_implementation()
+            if self.weight.grad is None:
+                self._drop()  # now rather than in backward: a copy of the weights less at the peak
         return self._A, self._moments
 
     def sums(self, *, shared: bool = False) -> list[Tensor] | None:
@@ -251,7 +267,7 @@ class Attachment:
         before, self._watched = self._watched, None
         if optimizer is self._owner() or self._swapped is not None or not self._is_pending():
             return
-        is_changed = self._weight_version != self.weight._version
+        is_changed = self._weight_state != self._state_of_weight()
         if is_changed or (before is not None and not torch.equal(before, self._local(self.weight))):
             raise RuntimeError(
                 f"the weight of {self.name!r} was stepped on its plain gradient by an optimizer that its "
@@ -260,28 +276,58 @@ class Attachment:
 
     def is_gated(self) -> bool:
         """Whether weight.grad is the gated gradient."""
-        return self._swapped is not None and self.weight.grad is self._swapped[1]
+        return self._swapped is not None and self.weight.grad is self._swapped.gated
 
     def swap(self, gated: Tensor) -> None:
         """Let weight.grad be the gated gradient, until :meth:`restore`."""
         plain = self.weight.grad
         assert plain is not None
-        self._swapped, self.weight.grad = (plain, gated), gated
+        self._swapped = _Swap(plain, gated, self._local(gated)._version)
+        self.weight.grad = gated
 
-    def restore(self) -> None:
-        """Put the plain gradient back, so that accumulation without zeroing goes on from it."""
+    @torch.no_grad()
+    def restore(self, *, looks: bool = False) -> None:
+        """Put the plain gradient back, so that accumulation without zeroing goes on from it.
+
+        Zeroed, if the gated one was meanwhile; a version need not tell of that where one ``looks``.
+        """
         if self._swapped is None:
             return
-        (plain, gated), self._swapped = self._swapped, None
+        (plain, gated, version), self._swapped = self._swapped, None
         weight = self.weight
-        if weight.grad is gated:  # else it was zeroed or replaced after a step that raised
-            weight.grad = plain
-            self.follow_weight()
+        if weight.grad is not gated:  # it was zeroed or replaced
+            return
+        weight.grad = plain
+        local = self._local(gated)
+        if looks or local._version != version:
+            self._local(plain).masked_fill_(~local.any(), 0.0)
+            torch.autograd.graph.increment_version(plain)
+        self.follow_weight()
+
+    @contextlib.contextmanager
+    def converting(self) -> Iterator[None]:
+        """While tensors of the layer are converted: torch may swap them, if nobody refers to them weakly."""
+        grad, is_same = self.weight.grad, self._weight_state == self._state_of_weight()
+        seen, stepped = self._seen, self._stepped
+        self._seen, self._stepped = (None if s is None else _Seen.nothing() for s in (seen, stepped))
+        was = [s is not None and s.still_is(grad) for s in (seen, stepped)]
+        del grad, seen, stepped
+        try:
+            yield
+        finally:
+            grad = self.weight.grad
+            if grad is not None and was[0]:
+                self._seen = _Seen.now(grad)
+            if grad is not None and was[1]:
+                self._stepped = _Seen.now(grad)
+            self._follow_implementation()
+            if is_same:
+                self._weight_state = self._state_of_weight()
 
     @untraced
     def follow_weight(self) -> None:
         """Take the weight as it is now: the step itself has changed it."""
-        self._weight_version = self.weight._version
+        self._weight_state = self._state_of_weight()
         if self.weight.grad is not None:
             self._stepped = _Seen.now(self.weight.grad)
 
@@ -292,6 +338,8 @@ class Attachment:
 
     def detach(self) -> None:
         """Undo the attachment."""
+        if self.is_gated():  # a step that raised has left it
+            self.weight.grad = None
         self.restore()
         for handle in self._handles + self._leaf_handles:
             handle.remove()
@@ -304,10 +352,14 @@ class Attachment:
 
     def _new_leaves(self) -> tuple[Tensor, Tensor]:
         layer = self.layer
-        zero = torch.zeros(1, dtype=sum_dtype(layer.weight.dtype), device=layer.weight.device)
+        dtype, device = sum_dtype(layer.weight.dtype), layer.weight.device
         size = moments_size(layer.units, layer.filter_groups, layer.rule.decay)
-        # Parameters, because a compiler takes their shapes as constants; unregistered and without storage
-        A, moments = nn.Parameter(zero.expand(layer.weight.shape)), nn.Parameter(zero.expand(size))
+        # Parameters, because a compiler takes their shapes as constants; unregistered, of one element each,
+        # which control flow operators refuse to find shared
+        A, moments = (
+            nn.Parameter(torch.zeros(1, dtype=dtype, device=device).expand(shape))
+            for shape in (layer.weight.shape, (size,))
+        )
         self._leaf_handles = [
             A.register_hook(self._begin_sums),
             moments.register_hook(self._begin),
@@ -323,6 +375,18 @@ class Attachment:
         self._A, self._moments = self._new_leaves()
         for leaf, kept in zip((self._A, self._moments), sums, strict=True):
             leaf.grad = None if kept is None else kept.to(leaf)
+
+    def _state_of_weight(self) -> tuple[int, int]:
+        """Another one after the weight was changed."""
+        return self.weight._cdata, self.weight._version
+
+    def _follow_implementation(self) -> None:
+        """Where torch has swapped what is behind the weight, its hooks are behind another tensor."""
+        weight = self.weight
+        if self._implementation != weight._cdata:
+            self._implementation = weight._cdata
+            weight._backward_hooks = weight._backward_hooks
+            weight._post_accumulate_grad_hooks = weight._post_accumulate_grad_hooks
 
     def _is_attached(self, weight: Tensor) -> bool:
         """Whether what the layer computes with in a forward pass is this attachment's weight."""
@@ -352,7 +416,7 @@ class Attachment:
                 f"weight.grad of {name} has no Hebbian sums: all or part of it was not made by a backward "
                 "pass through this layer in training mode, and the optimizer must not step on it"
             )
-        if self._weight_version != self.weight._version:
+        if self._weight_state != self._state_of_weight():
             return (
                 f"the weight of {name} was changed between backward and the optimizer's step; its sums "
                 "belong to the old weight. Zero the gradients after changing a weight"
@@ -405,7 +469,7 @@ class Attachment:
 
     def _count_afresh(self) -> None:
         self._accumulated = [0, 0]
-        self._weight_version = self.weight._version
+        self._weight_state = self._state_of_weight()
 
     @untraced
     def _begin_gradient(self, gradient: Tensor | None) -> None:
@@ -437,10 +501,7 @@ class Attachment:
     def _look(self) -> None:
         """See what has become of weight.grad, and let the sums follow."""
         weight = self.weight
-        if self._swapped is not None:  # the optimizer raised in its step
-            plain, gated = self._swapped
-            self._swapped = torch.where((gated != 0).any(), plain, 0.0), gated
-            self.restore()
+        self.restore(looks=True)  # the optimizer may have raised in its step
         grad = weight.grad
         self._fresh_starts = self._fresh_starts + 1 if grad is None else 0
         if grad is None:
@@ -459,14 +520,14 @@ class Attachment:
         """Forget the sums if weight.grad was zeroed in place; told on the device, which nothing waits for."""
         zeroed = self._zeroed(grad)
         is_changed = not self._is_untouched(grad)
-        has_moved = self._weight_version != self.weight._version
+        has_moved = self._weight_state != self._state_of_weight()
         if is_changed:
             # after a step the sums are of an earlier weight in any case
             is_wrong = self._misses_sums() or (has_moved and self._stepped is None) or self._lacks_gradient()
             self._doubt = self._doubt | (is_wrong or self._had_nothing())
         elif has_moved and self._was_look and self._was_alive is not None:
             self._doubt = self._doubt | self._was_alive
-            self._weight_version = self.weight._version
+            self._weight_state = self._state_of_weight()
         if self._doubt is not False and zeroed is not None:
             self._doubt = self._doubt & ~zeroed
         self._forget(zeroed)
@@ -507,6 +568,16 @@ class Attachment:
         self._was_alive = self._local(grad).any() if self._fresh_starts < 2 else None
         self._was_look = False
         self._has_marks |= self.layer.rule.gate == "none"
+
+
+def laid_out_as(plain: Tensor, gated: Tensor) -> Tensor:
+    """``gated`` in the dtype and order of elements of the gradient that it is to stand for.
+
+    torch's fused optimizers on a CPU take the elements as they lie.
+    """
+    if gated.dtype == plain.dtype and gated.stride() == plain.stride():
+        return gated
+    return torch.empty_like(plain).copy_(gated)
 
 
 def _zero_where(zeroed: Tensor | None, sums: list[Tensor]) -> None:

@@ -51,7 +51,8 @@ class Probe:
     def is_due(self) -> bool:
         """Whether the step that a forward pass belongs to is observed."""
         # asked of the layer: a compiled graph passes copies and aliases, whose versions say nothing
-        version = self._layer.weight._version
+        weight = self._layer.weight
+        version = -1 if weight.is_inference() else weight._version  # which has none: all is one step
         if version != self._version:
             self._version = version
             self._step += 1
@@ -89,13 +90,15 @@ class Probe:
             self._missed += 1
 
     def _is_repetition(self) -> bool:
-        """Whether a checkpoint runs the layer again in backward, after a pass that was not missed."""
+        """Whether a checkpoint runs the layer again in backward, after a pass that was not missed.
+
+        Its hook tells; where the layer saves its tensors by another, there is no missed pass to make up for.
+        """
         if torch._C._current_graph_task_id() < 0:  # not in backward
-            self._missed = 0
-        elif self._missed == 0:
+            return False
+        if self._missed == 0 or _is_recomputation():
             return True
-        else:
-            self._missed -= 1
+        self._missed -= 1
         return False
 
     def gate_arguments(self, weight: Tensor) -> tuple[Tensor, int] | tuple[None, None]:
@@ -167,6 +170,12 @@ def _moved(sums: Tensor, device: torch.device) -> Tensor:
 def _in_graph() -> bool:
     """Where an operation's call cannot be spared: a compiled graph has to ask inside the operation."""
     return torch.compiler.is_compiling()
+
+
+def _is_recomputation() -> bool:
+    """Whether a checkpoint without reentrance, whose first pass has grad mode, is running its second one."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_recomputation_hook")
 
 
 def find(number: int) -> Probe | None:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from ghl_kernels import _check
-from ghl_kernels._attachment import Attachment, untraced
+from ghl_kernels._attachment import Attachment, laid_out_as, untraced
 from ghl_kernels._processes import Processes, is_sharded
 from ghl_kernels.backends.eager import EPS, sum_dtype
 from ghl_kernels.nn import GHLLayer
@@ -67,8 +67,8 @@ class ShardedAttachment(Attachment):
         """What these rows of weight.grad become."""
         G = cast(DTensor, self.weight.grad).to_local()
         if self.layer.rule.gate == "none":
-            return H.neg().to(G.dtype)
-        return (H.abs() * G.sign()).to(G.dtype) + (G - G)
+            return laid_out_as(G, H.neg())
+        return laid_out_as(G, (H.abs() * G.sign()).to(G.dtype) + (G - G))
 
     def observe(self, A: Tensor, moments: Tensor) -> None:
         """RuntimeError if there is a probe: what it sees in a pass and at the step are not one weight."""

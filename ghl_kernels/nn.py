@@ -164,7 +164,18 @@ class GHLLayer(nn.Module, abc.ABC):
             return False
         if _is_batched(weight):  # it requires no gradient there, and would get the plain one all the same
             raise _refused_vmap()
+        self._refuse_compiled_transforms()
         return weight.requires_grad and weight.numel() > 0
+
+    def _refuse_compiled_transforms(self) -> None:
+        """Where a compiler traces grad or vjp it says of no weight that it requires a gradient."""
+        if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            weight = self._parameters.get("weight")
+            if not isinstance(weight, nn.Parameter) or weight.requires_grad:
+                raise RuntimeError(
+                    "torch.compile around torch.func.grad, vjp and their like loses the rule of a layer in "
+                    "training; leave such a function uncompiled"
+                )
 
     def _torch_forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, super().forward(x))
@@ -252,6 +263,12 @@ class GHLLayer(nn.Module, abc.ABC):
                 *observed,
             ),
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self._attachment is None:
+            return super()._apply(fn, recurse)
+        with self._attachment.converting():
+            return super()._apply(fn, recurse)
 
     def _replicate_for_data_parallel(self) -> Any:
         if self._is_learning():

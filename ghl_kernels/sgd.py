@@ -94,6 +94,7 @@ class GHLSGD(SGD):
         Raises:
             RuntimeError: a weight.grad without sums, a weight that was changed between backward and step,
                 or an optimizer whose layers were removed. Nothing has been updated then.
+            TypeError: a gradient of another dtype than its weight (``weight.grad_dtype``). As above.
             ValueError: an option of a group that is a tensor.
         """
         loss = None
@@ -104,6 +105,8 @@ class GHLSGD(SGD):
             raise RuntimeError("this GHLSGD has let go of its layers (remove() was called); make a new one")
         options = [_options(group) for group in self.param_groups]
         sums = {id(a.layer.weight): (a, A, moments) for a, (A, moments) in self._attachments.sums()}
+        for attachment, *_ in sums.values():
+            _check_dtype(attachment)
         for group, values in zip(self.param_groups, options, strict=True):
             params = [p for p in group["params"] if p.grad is not None]
             self._step_plain([p for p in params if id(p) not in sums], group, values)
@@ -163,6 +166,15 @@ class GHLSGD(SGD):
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             "a GHLSGD belongs to one model and cannot be copied; make a new one and load the state_dict"
+        )
+
+
+def _check_dtype(attachment: Attachment) -> None:
+    weight = attachment.layer.weight
+    if weight.grad is not None and weight.grad.dtype != weight.dtype:
+        raise TypeError(
+            f"GHLSGD takes gradients of the weight's dtype, which is {weight.dtype} for {attachment.name!r}, "
+            f"got {weight.grad.dtype}; use torch.optim.SGD with a StepGate"
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ghl_kernels import _check
-from ghl_kernels._attachment import Attachment, attached_to, untraced
+from ghl_kernels._attachment import Attachment, attached_to, laid_out_as, untraced
 from ghl_kernels._processes import Processes, is_sharded
 from ghl_kernels.nn import GHLLayer, named_layers
 
@@ -110,6 +110,7 @@ class StepGate:
         self._attachments = Attachments(optimizer, model, process_group)
         self._optimizer = optimizer
         self._rescaled: _Rescaled | None = None
+        self._gated: list[Attachment] = []  # in a step
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -136,8 +137,9 @@ class StepGate:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
         if closure is None:
-            # gated already: a subclass of an optimizer in its step calls super().step(), which has hooks too
-            if not any(attachment.is_gated() for attachment in self._attachments):
+            # gated already: a subclass of an optimizer in its step calls super().step(), which has hooks too.
+            # Not all of them: an earlier step raised, and passes have looked at some
+            if not self._gated or not all(attachment.is_gated() for attachment in self._gated):
                 self._gate()
             return None
 
@@ -157,6 +159,7 @@ class StepGate:
         self._restore()
 
     def _restore(self) -> None:
+        self._gated = []
         for attachment in self._attachments:
             attachment.restore()
         if self._rescaled is not None:
@@ -167,15 +170,20 @@ class StepGate:
     def _gate(self) -> None:
         self._restore()
         all_gated = list(self._attachments.gated())
+        self._scale(all_gated)
         for attachment, gated in all_gated:
             attachment.swap(gated)
+        self._gated = [attachment for attachment, _ in all_gated]
+
+    def _scale(self, all_gated: list[tuple[Attachment, Tensor]]) -> None:
+        """What GradScaler leaves to a fused optimizer to divide by."""
         scale = getattr(self._optimizer, "grad_scale", None)
         if scale is None:
             return
         if any(gated.dtype == torch.float16 and gated.numel() for _, gated in all_gated):
             self._rescaled = _Rescaled(self._optimizer, all_gated)
             scale = self._rescaled.scale
-        for _, gated in all_gated:  # fused optimizers divide by it; it lies on one of the model's devices
+        for _, gated in all_gated:  # it lies on one of the model's devices
             gated.mul_(scale.to(gated.device))
 
 
@@ -217,7 +225,7 @@ def _gated(active: list[tuple[Attachment, list[Tensor]]]) -> Iterator[tuple[Atta
         plain, arguments = attachment.layer.weight.grad, attachment.rule_arguments(A, moments)
         assert plain is not None
         if attachment.layer.rule.gate == "none":
-            yield attachment, torch.ops.ghl.delta(*arguments).neg_().to(plain.dtype)
+            yield attachment, laid_out_as(plain, torch.ops.ghl.delta(*arguments).neg_())
         else:
             batch.append((attachment, plain.clone(), *arguments))
     if batch:

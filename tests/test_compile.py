@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -167,6 +168,67 @@ def test_step_mode_accumulates_in_compiled_passes() -> None:
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     assert counter.frame_count == 1
+
+
+def _vjp(function: Any) -> Any:
+    return lambda z: torch.func.vjp(function, z)[1](torch.ones((), dtype=torch.float64))[0]
+
+
+@pytest.mark.parametrize("of", ["weights", "input"])
+@pytest.mark.parametrize("transform", [torch.func.grad, _vjp])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_function_transforms_lose_no_rule(fullgraph: bool, transform: Any, of: str) -> None:
+    """A compiler inlines autograd functions in them: the whole graph is refused, a broken one is right."""
+    torch.manual_seed(0)
+    layer, x = ghl.GHLLinear(4, 6, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+
+    def of_input(z: Tensor) -> Tensor:
+        return layer(z).square().sum()
+
+    def of_weights(z: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, z, (x,)).square().sum()
+
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+    function, z = (of_input, x) if of == "input" else (of_weights, weights)
+    run = torch.compile(lambda z: transform(function)(z), backend="eager", fullgraph=fullgraph)
+    if fullgraph:
+        with pytest.raises(Exception, match=r"torch.func.grad|Observed exception"):
+            run(z)
+    else:
+        torch.testing.assert_close(run(z), transform(function)(z))
+    layer.weight.requires_grad_(False)  # a frozen layer is its torch layer
+    if of == "input":
+        torch.testing.assert_close(run(x), transform(of_input)(x))
+
+
+def test_step_mode_in_a_region_that_is_compiled_once() -> None:
+    """Its operator refuses operands that share memory."""
+    torch.manual_seed(0)
+    layers = [ghl.GHLLinear(4, 4, gate_at="step", dtype=torch.float64)]
+    layers.append(copy.deepcopy(layers[0]))
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for layer, compiles in zip(layers, (True, False), strict=True):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        ghl.StepGate(optimizer, layer)
+        once = torch.compiler.nested_compile_region(lambda z, layer=layer: layer(z)) if compiles else layer
+        twice = lambda z, once=once: once(once(z))  # noqa: E731
+        run = torch.compile(twice, backend="eager", fullgraph=True) if compiles else twice
+        run(x).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(layers[0].weight, layers[1].weight)
+
+
+def test_learning_with_a_rate_that_changes() -> None:
+    torch.manual_seed(0)
+    layers = [ghl.GHLLinear(4, 6, dtype=torch.float64)]
+    layers.append(copy.deepcopy(layers[0]))
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for layer, compiles in zip(layers, (True, False), strict=True):
+        learn = lambda lr, layer=layer: layer.learn_(x, lr)  # noqa: E731
+        run = torch.compile(learn, backend="eager", fullgraph=True) if compiles else learn
+        for lr in (0.1, 0.05, 0.02):
+            run(lr)
+    torch.testing.assert_close(layers[0].weight, layers[1].weight)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -68,8 +68,11 @@ def _whole(model: nn.Module) -> list[Tensor]:
     return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone() for p in model.parameters()]
 
 
-def _train(model: Any, mode: str, rank: int | None) -> list[Tensor]:
-    """Parameters after STEPS steps: one rank's share of every batch, or (None) the whole."""
+def _train(model: Any, mode: str, rank: int | None, *, moves: bool = False) -> list[Tensor]:
+    """Parameters after STEPS steps: one rank's share of every batch, or (None) the whole.
+
+    ``moves``: after every pass the model goes to where it is, for which torch swaps its tensors.
+    """
     passes, no_sync, set_to_none = MODES[mode]
     world = torch.distributed.get_world_size() if rank is not None else 1
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -79,6 +82,8 @@ def _train(model: Any, mode: str, rank: int | None) -> list[Tensor]:
             if rank is not None:
                 model.set_requires_gradient_sync(not no_sync or index == passes - 1)
             F.cross_entropy(model(x[rank or 0 :: world]), target[rank or 0 :: world]).backward()
+            if moves:
+                model.to("cpu")
         optimizer.step()
         optimizer.zero_grad(set_to_none)
     return _whole(model)
@@ -95,6 +100,8 @@ def _rank(rank: int) -> dict[str, Any]:
     for layer in model:
         layer.compile(backend="aot_eager")
     found["compiled layers"] = _train(model, "no sync", rank)
+    model = _sharded(ghl.convert(_network(), RULES["softmax"], exclude=[], gate_at="step"))
+    found["moved"] = _train(model, "accumulated", rank, moves=True)
     found["dead rows"] = _dead_rows(rank)
     found["zero gradient"] = {case: _zero_gradient(rank, *case) for case in ZERO}
     found["more processes than rows"] = _one_row(rank)
@@ -400,6 +407,11 @@ def test_shards_are_one_process_on_the_whole_batch(ranks: list[dict[str, Any]], 
 def test_compiled_layers(ranks: list[dict[str, Any]]) -> None:
     alone = _train(ghl.convert(_network(), RULES["softmax"], exclude=[], gate_at="step"), "no sync", None)
     _assert_one([found["compiled layers"] for found in ranks], alone)
+
+
+def test_moving_the_model_keeps_its_gradients(ranks: list[dict[str, Any]]) -> None:
+    alone = _train(ghl.convert(_network(), RULES["softmax"], exclude=[], gate_at="step"), "accumulated", None)
+    _assert_one([found["moved"] for found in ranks], alone)
 
 
 def test_rows_without_a_gradient_do_not_end_an_accumulation(ranks: list[dict[str, Any]]) -> None:

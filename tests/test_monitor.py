@@ -365,6 +365,31 @@ def test_all_layers_of_a_checkpoint_count_once(use_reentrant: bool) -> None:
         assert counts == [(5 * steps, steps)] * 2
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("first", ["checkpoint", "direct"])
+@pytest.mark.parametrize("together", [True, False])
+def test_a_layer_used_in_a_checkpoint_and_directly(first: str, use_reentrant: bool, together: bool) -> None:
+    layer = ghl.GHLLinear(6, 6)
+    monitor = ghl.Monitor(layer, every=1)
+    x = torch.randn(5, 6, requires_grad=True)
+    uses = [lambda: checkpoint(layer, x, use_reentrant=use_reentrant), lambda: layer(x)]
+    outputs = [use() for use in (uses if first == "checkpoint" else uses[::-1])]
+    for loss in [sum(u.square().sum() for u in outputs)] if together else [u.square().sum() for u in outputs]:
+        loss.backward()
+    (reading,) = monitor.read().values()
+    assert reading.positions == 10
+
+
+def test_a_layer_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        layer = ghl.GHLLinear(6, 5)
+        monitor = ghl.Monitor(layer, every=2)
+        for _ in range(4):
+            layer.learn_(torch.randn(3, 6), lr=0.1)
+    (reading,) = monitor.read().values()
+    assert (reading.positions, reading.gates) == (12, 4)  # nobody knows when it changes
+
+
 def test_layers_made_on_the_meta_device() -> None:
     with torch.device("meta"):
         layer = ghl.GHLLinear(6, 5)

@@ -506,6 +506,19 @@ def test_copies(duplicate: Callable[[Any], Any]) -> None:
         duplicate(Both().optimizer)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+def test_gradients_of_another_dtype_are_refused_before_any_step() -> None:
+    layer = ghl.GHLLinear(5, 6, gate_at="step", dtype=torch.bfloat16)
+    for p in layer.parameters():
+        p.grad_dtype = torch.float32
+    optimizer = ghl.GHLSGD(layer, lr=0.1)
+    layer(torch.randn(7, 5, dtype=torch.bfloat16)).square().sum().backward()
+    kept = copy.deepcopy(layer.state_dict())
+    with pytest.raises(TypeError, match=r"which is torch.bfloat16 for .*, got torch.float32; use"):
+        optimizer.step()
+    assert all(torch.equal(p, kept[name]) for name, p in layer.named_parameters())
+
+
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [

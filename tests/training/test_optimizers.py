@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from beside_reference import BesideReference, OptimizerOf, sgd
+from beside_reference import RULE, BesideReference, OptimizerOf, sgd
 from reference_model import Batch, small_batches, small_network, summed_loss
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import ghl_kernels as ghl
+from ghl_kernels import HebbianRule
 
 BOTH = pytest.mark.parametrize("gate_at", ["backward", "step"])
 
@@ -56,6 +57,26 @@ OPTIMIZERS: dict[str, OptimizerOf] = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_are_those_of_the_rule(name: str, gate_at: str) -> None:
     BesideReference(gate_at, OPTIMIZERS[name]).train()
+
+
+@pytest.mark.parametrize("rule", [HebbianRule.softhebb(), HebbianRule.hpca(), RULE], ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+def test_fused_steps_of_weights_that_are_not_contiguous(layout: str, rule: HebbianRule) -> None:
+    """Fused optimizers take the elements of a gradient as they lie."""
+    layer = ghl.GHLConv2d(5, 6, 3) if layout == "channels_last" else ghl.GHLLinear(5, 6)
+    layer.set_rule(rule, "step")
+    if layout == "channels_last":
+        layer.to(memory_format=torch.channels_last)
+    else:
+        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    twin = copy.deepcopy(layer)
+    x = torch.randn(4, 5, 8, 8) if layout == "channels_last" else torch.randn(9, 5)
+    for one, fused in ((layer, True), (twin, False)):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1, fused=fused)
+        ghl.StepGate(optimizer, one)
+        one(x).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(layer.weight, twin.weight)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
