@@ -82,6 +82,8 @@ LINEAR = (
     Layer("linear-2304to512", 16384, 2304, 512),
     Layer("linear-784to200", 512, 784, 200),
     Layer("linear-13to17", 33, 13, 17),
+    Layer("one-row", 1, 13, 10),
+    Layer("one-unit", 5, 13, 1),
 )
 CONV = (
     Layer("deephebb2", 64, 96, 384, (16, 16), (3, 3), padding=1),
@@ -118,7 +120,7 @@ REDUCED = ("deephebb2", "depthwise-k3")
 
 def competitions(units: int) -> dict[str, Competition]:
     """Every kind of competition, by name."""
-    k = max(2, units // 50)
+    k = min(units, max(2, units // 50))
     return {
         "softmax": Competition("softmax", 0, 1.0, False),
         "kwta": Competition("linear", k, 1.0, False),

@@ -79,6 +79,7 @@ def test_an_old_gpu(gpu: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> N
         (False, "", "Triton is not installed"),
         (True, "3.5.1", r"it needs Triton 3.6 or newer, found 3.5.1"),
         (True, "2.9", r"it needs Triton 3.6 or newer, found 2.9"),
+        (True, "3.5rc1", r"it needs Triton 3.6 or newer, found 3.5rc1"),
     ],
 )
 def test_no_triton_or_an_old_one(

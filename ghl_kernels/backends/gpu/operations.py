@@ -18,7 +18,7 @@ from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
 from ghl_kernels.backends.gpu.jobs import Job
 from ghl_kernels.backends.gpu.layout import FEW_CHANNELS, Patches, Responses, patches, responses
-from ghl_kernels.backends.gpu.state import State
+from ghl_kernels.backends.gpu.state import State, lifted, lifts, lower_
 from ghl_kernels.rule import Competition
 
 # y is written, and read back by the library, in pieces of this part of L2.
@@ -221,9 +221,12 @@ class Operations(abc.ABC):
         shape = (u.shape[1], x.shape[1])
         moments = eager.new_moments(u.shape[1], 1, decay, u.shape[0], torch.float32, x.device)
         if x.numel() == 0 or u.numel() == 0:
+            if u.numel():  # rows without elements
+                self._add_moments(moments, None, u, 1, 1, competition, decay)
             zeros = x.new_zeros(shape, dtype=torch.float32)
             return zeros, moments, None if grad_u is None else zeros.clone()
-        if self.takes_library(patches(x, None), shape[0], pair=grad_u is not None):
+        by_library = self.takes_library(patches(x, None), shape[0], pair=grad_u is not None)
+        if by_library and not lifts(x.dtype, competition):
             return self._linear_by_library(x, u, grad_u, competition, decay, moments)
         rows = _padded(_unit_stride(x), 1)
         A, G = self._sums(patches(rows, None), u, grad_u, shape, competition, decay, moments)
@@ -263,6 +266,8 @@ class Operations(abc.ABC):
         positions = u.numel() // max(units, 1)
         moments = eager.new_moments(units, groups, decay, positions, torch.float32, x.device)
         if x.numel() == 0 or u.numel() == 0:
+            if u.numel():  # all that x has is padding
+                self._add_moments(moments, None, u, 1, groups, competition, decay)
             zeros = x.new_zeros(shape, dtype=torch.float32)
             return zeros, moments, None if grad_u is None else zeros.clone()
         if shape[1] == 1:
@@ -336,10 +341,14 @@ class Operations(abc.ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """A and G by the fused kernel; the moments are added to."""
         view = responses(u, 1)
-        state = self.competing.state(view, competition) if decay == "instar" else None
+        is_lifted = lifts(u.dtype, competition)
+        state = self.competing.state(view, competition) if is_lifted or decay == "instar" else None
         self._add_moments(moments, None, u, 1, x.groups, competition, decay, state)
         grad = None if grad_u is None else responses(grad_u, 1)
-        return self.correlate(x, view, grad, state, competition, shape)
+        if not is_lifted or state is None:
+            return self.correlate(x, view, grad, state, competition, shape)
+        A, G = self.correlate(x, view, grad, lifted(state), competition, shape)
+        return lower_(A), G
 
     def _add_moments(
         self,
@@ -378,6 +387,9 @@ class Operations(abc.ABC):
     ) -> tuple[Tensor, Tensor]:
         moments = eager.new_moments(shape[0], groups, decay, unit.shape[0], torch.float32, x.device)
         if x.numel() == 0 or unit.numel() == 0:
+            if unit.numel() and decay == "instar":
+                _, sums = eager.linear_winner_sums(activity[:, :1], unit, activity, shape[0], decay)
+                moments[:-1] = sums[:-1]
             return x.new_zeros(shape, dtype=torch.float32), moments
         A, sums = self.sparse.correlate(x_patches, unit, activity, shape[0], sum_activity=decay == "instar")
         if sums is not None:

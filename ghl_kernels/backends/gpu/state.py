@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ghl_kernels.rule import Competition
@@ -19,6 +21,28 @@ class State(NamedTuple):
     cut: Tensor | None  # last unit that wins a tie at the threshold
     logsumexp: Tensor | None  # of u / temperature over the winners
     first: Tensor | None  # unit of the largest u, lowest index of equals
+
+
+# float16 holds no activity of a softmax below 3e-8, and few bits of those below 6e-5, which may be all that a
+# unit has. They are made 2^14 times as large, by a logsumexp that is as much smaller: half a rounding of
+# float32.
+_LIFT = 14
+
+
+def lifts(dtype: torch.dtype, competition: Competition) -> bool:
+    """Whether a kernel that rounds y to ``dtype`` should see :func:`lifted` activities."""
+    return dtype == torch.float16 and competition.activity == "softmax"
+
+
+def lifted(state: State) -> State:
+    """The state of activities that are 2^14 times as large."""
+    assert state.logsumexp is not None
+    return state._replace(logsumexp=state.logsumexp - _LIFT * math.log(2.0))
+
+
+def lower_(A: Tensor) -> Tensor:
+    """A of lifted activities becomes that of the activities."""
+    return A.mul_(2.0**-_LIFT)
 
 
 def needs(competition: Competition) -> tuple[bool, bool, bool, bool]:

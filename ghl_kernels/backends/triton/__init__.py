@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Hashable
 from typing import Any
 
@@ -84,7 +85,7 @@ def _problem() -> str:
         version = _version()
     except ImportError as error:
         return f"Triton does not load: {error}"
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _OLDEST:
         return f"it needs Triton {_OLDEST[0]}.{_OLDEST[1]} or newer, found {version}"
     return ""
 

@@ -294,6 +294,8 @@ def _compete(
     **outputs: Any,
 ) -> None:
     """Write y and those outputs of the kernel, tensors by name, that are given."""
+    if not u.tensor.numel():
+        return
     cut = max(u.inner, y.inner if y else 1)
     source, target = grid(u, cut if cut > 1 else 0), grid(y, cut if cut > 1 else 0) if y else None
     tile = tile_of(
@@ -308,7 +310,7 @@ def _compete(
     pointers: dict[str, Any] = {f"{name}_ptr": outputs.get(name) for name in names}
     launch(
         compete_kernel,
-        source.items * tiles if u.tensor.numel() else 0,
+        source.items * tiles,
         warps=tile.warps,
         registers=tile.registers,
         u_ptr=u.tensor,

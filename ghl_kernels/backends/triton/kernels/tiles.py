@@ -88,6 +88,7 @@ def tile_of(cut: Grid, units: int, winners: int, gpu: Arch, *, lists: bool = Fal
     positions = max(sector, min(_below(gpu.warp * lane // held) if held <= gpu.warp * lane else 1, inner))
     if not cut.planes:
         positions = min(positions, gpu.warp, _MOST_ROWS * _rows_at_once(cut, width, gpu))
+    positions = max(positions, _least_positions(width, gpu))
     warps = max(1, min(_MOST_WARPS, triton.next_power_of_2(-(-positions * held // (gpu.warp * lane)))))
     groups = units if pieces == 1 and whole else width // 2
     return Tile(
@@ -102,6 +103,13 @@ def tile_of(cut: Grid, units: int, winners: int, gpu: Arch, *, lists: bool = Fal
         # told so for others ptxas spills, or runs fewer blocks, where it otherwise does not
         registers=None if whole else gpu.registers,
     )
+
+
+def _least_positions(width: int, gpu: Arch) -> int:
+    """On AMD GPUs a tile of one position or one unit does not compile where it is less than a wave."""
+    if not gpu.is_amd or width >= gpu.warp:
+        return 1
+    return gpu.warp if width == 1 else 2
 
 
 def _lane_values(itemsize: int, gpu: Arch) -> int:
