@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from bench.interleave import pinned_threads
 from bench.recording import Clock, Recording
 from bench.report import Row
 from bench.suites import CPU_ONLY, SUITES, Run, together
-from ghl_kernels.demo.arguments import positive
+from ghl_kernels.demo.arguments import positive, thread_count
 from ghl_kernels.demo.errors import UserError
 
 DESCRIPTION = """\
@@ -50,14 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     before = _read(options.compare) if options.compare else None
     earlier = _read(options.json) if options.update else None
+    _require_writable(options)
     torch.manual_seed(0)
-    with pinned_threads(options.threads), _progress() as progress, _writing():
+    with pinned_threads(options.threads), _progress() as progress:
         rows, recording = _measure(options, earlier, progress)
     console = Console()
     tables.print_rows(console, rows)
     console.print(_summary(recording, options), soft_wrap=True, highlight=False)
-    with _writing():
-        _draw(options, recording, console)
+    _draw(options, recording, console)
     failed = [row for row in rows if fails_a_run(row)]
     for row in failed:
         console.print(f"FAILED: {row.suite}, {row.case}, {row.name}: {row.error}", soft_wrap=True)
@@ -143,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive, metavar="N", help="timed rounds at most (default 25; 5 with --quick)")
     add(
         "--threads",
-        type=positive,
+        type=thread_count,
         metavar="N",
         default=torch.get_num_threads(),
         help="torch's threads (default: torch's choice, %(default)s here)",
@@ -157,17 +158,19 @@ def _measure(
 ) -> tuple[list[Row], Recording]:
     """The rows of every suite that was asked for, and the document with what it had before."""
     groups = together(options.suite)
+    described = machine.describe(options.device)
+    recording = _recording(options, described, earlier)  # before minutes of measuring: it may be refused
     whole = progress.add_task("all", total=len(groups) + 1)
     limits = _ceilings(options)
     progress.advance(whole)
-    described = machine.describe(options.device) | {"ceilings": limits}
-    recording = _recording(options, described, earlier)
+    recording.machine = described = described | {"ceilings": limits}
     run = Run(options, limits, progress)
     rows: list[Row] = []
     for suites in groups:
         clock = Clock(described)
         found = run.measure(suites)
-        recording.add(suites, found, clock.stop())
+        with _writing(options.json):
+            recording.add(suites, found, clock.stop())
         rows += found
         progress.advance(whole)
     return rows, recording
@@ -223,7 +226,8 @@ def _draw(options: argparse.Namespace, recording: Recording, console: Console) -
     if options.json is not None:
         console.print(f"Wrote {options.json}.", soft_wrap=True)
     if options.out is not None:
-        written = figures.write_all(recording.rows, recording.machine["ceilings"], options.out)
+        with _writing(options.out):
+            written = figures.write_all(recording.rows, recording.machine["ceilings"], options.out)
         console.print(
             f"Wrote {', '.join(map(str, written)) or 'no figure: no row fits one'}.", soft_wrap=True
         )
@@ -238,12 +242,34 @@ def _read(path: pathlib.Path) -> report.Document:
         raise UserError(f"{error}.") from None
 
 
+def _require_writable(options: argparse.Namespace) -> None:
+    """Try --json and --out while nothing is lost yet; leaves no file and no folder.
+
+    Raises:
+        UserError: one of them cannot be written.
+    """
+    if options.json is not None:
+        if options.json.is_dir():
+            raise UserError(f"{options.json} cannot be written: it is a folder.")
+        with _writing(options.json):
+            _try_folder(options.json.parent)
+    if options.out is not None:
+        with _writing(options.out):
+            _try_folder(options.out)
+
+
+def _try_folder(folder: pathlib.Path) -> None:
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    # permissions alone say little: of root, of a file system that is mounted read-only
+    tempfile.TemporaryFile(dir=there).close()
+
+
 @contextlib.contextmanager
-def _writing() -> Iterator[None]:
+def _writing(path: pathlib.Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be written: {error.strerror or error}.") from None
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
 def _share(text: str) -> float:

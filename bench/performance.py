@@ -6,8 +6,10 @@ folder of tools/gpu_check; quick selections and dry runs are left out.
 
 from __future__ import annotations
 
+import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from bench import figures, intensity, report
@@ -94,8 +96,13 @@ def _stage_row(stage: str, row: dict[str, Any]) -> Row:
     )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the figures of every document and write the page."""
+    argparse.ArgumentParser(
+        prog="python -m bench.performance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
     measured = documents()
     for document in measured:
         folder = FIGURES / document.name

@@ -1,17 +1,21 @@
-"""How a training step of DeepHebb gains from threads, by backpropagation and by rule."""
+"""How a training step of DeepHebb gains from threads, by backpropagation and by rule.
+
+A part of ``python -m ghl_kernels bench --suite scaling``; ``python -m bench.step_threads`` measures it alone.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from bench.interleave import Candidate, Spread, interleave
+from bench.interleave import Candidate, Spread, interleave, pinned_threads
 from bench.report import Row
 from bench.steps import METHODS, NETWORKS, Workload
+from ghl_kernels.demo.arguments import positive
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -66,3 +70,28 @@ def _method_rows(name: str, step: Candidate, rounds: int) -> list[Row]:
         )
         for n, (case, timing) in zip(counts, timings.items(), strict=True)
     ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    from rich.console import Console  # the rest is used where there may be no rich
+    from rich.progress import Progress
+
+    from bench import tables
+
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.step_threads",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=_ROUNDS, help="timed rounds, at most %(default)s (the default)"
+    )
+    options = parser.parse_args(arguments)
+    with pinned_threads(torch.get_num_threads()), Progress(console=Console(stderr=True)) as progress:
+        found = rows(options, progress)
+    tables.print_rows(Console(), found)
+
+
+if __name__ == "__main__":
+    main()

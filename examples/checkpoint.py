@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from examples.batches import Share
+from examples.data import short
 from ghl_kernels.demo.errors import UserError
 
 
@@ -63,7 +64,7 @@ def load(path: Path, settings: dict[str, Any], share: Share) -> dict[str, Any] |
     now = _complete(settings, share)
     other = sorted(key for key in kept.keys() | now.keys() if kept.get(key) != now.get(key))
     if other:
-        found = ", ".join(f"{key}={kept.get(key)!r} (now {now.get(key)!r})" for key in other)
+        found = ", ".join(f"{key}={short(kept.get(key))!r} (now {short(now.get(key))!r})" for key in other)
         raise UserError(f"{path} is of a run with {found}; give another --out, or delete it to start anew.")
     own = by_rank[share.rank]
     _set_generators(own["generators"])

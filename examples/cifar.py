@@ -27,7 +27,8 @@ from examples.batches import ALONE, MemoryBatches, evaluation_batches
 from examples.learner import Learner
 from examples.models import MODELS
 from examples.training import Run, Training
-from ghl_kernels.demo.arguments import natural, positive, positive_number
+from ghl_kernels.demo.arguments import positive, positive_number, thread_count, torch_seed
+from ghl_kernels.demo.ending import exit_code
 from ghl_kernels.demo.errors import UserError
 from ghl_kernels.nn import GHLLayer
 from ghl_kernels.rule import HebbianRule, Normalize
@@ -88,17 +89,19 @@ def make_learner(options: argparse.Namespace, classes: int) -> Learner:
     return Learner(model, [torch.optim.SGD(groups)], amp=options.amp)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Train; what the user can mend ends as one line."""
-    options = parser().parse_args(arguments)
-    try:
-        train(options)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+def main(arguments: list[str] | None = None) -> int:
+    """Train; returns the exit code."""
+    return exit_code(lambda: train(parser().parse_args(arguments)))
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train from where the run's checkpoint is; leaves log.csv and curves.png beside it."""
+    """Train from where the run's checkpoint is; leaves log.csv and curves.png beside it.
+
+    Raises:
+        UserError: what the user can mend.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.synthetic:
         images = data.synthetic((3, 32, 32), options.classes, SYNTHETIC_IMAGES, SYNTHETIC_IMAGES // 8)
     else:
@@ -110,7 +113,8 @@ def train(options: argparse.Namespace) -> None:
     batches = MemoryBatches(
         images.train, options.batch_size, options.seed, lambda x, g: random_crop_and_flip(x, 4, g)
     )
-    settings = {key: str(value) for key, value in vars(options).items() if key not in ("out", "root")}
+    outside = ("out", "root", "threads")
+    settings = {key: str(value) for key, value in vars(options).items() if key not in outside}
     run = Run(
         batches,
         lambda: evaluation_batches(images.test, 32, 0, ALONE),
@@ -148,8 +152,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--read-out-lr", type=positive_number, default=0.01)
     parser.add_argument("--epochs", type=positive, default=50)
     parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=torch_seed, default=0)
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
+    parser.add_argument("--threads", type=thread_count, metavar="N", help="default: torch's choice")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("examples/results/cifar"))
@@ -157,4 +162,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

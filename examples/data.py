@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ class Images:
         for values in (self.pixels, self.labels):
             found.update(values.contiguous().numpy().data)
         return found.hexdigest()
+
+
+def short(value: object) -> object:
+    """The first digits of a digest, which tell it from others; another value as it is."""
+    is_digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+    return value[:12] if is_digest else value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ import ghl_kernels as ghl
 from examples import data, processes
 from examples.augment import standardize
 from ghl_kernels.demo.arguments import positive, positive_number
-from ghl_kernels.demo.errors import UserError
+from ghl_kernels.demo.ending import exit_code
 
 
 def network() -> nn.Sequential:
@@ -91,8 +90,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             print(f"epoch {epoch + 1}: mean loss {total.item() / len(x):.4f}", flush=True)
 
 
-def main() -> None:
-    """Join the processes that torchrun started, and train; what the user can mend ends as one line."""
+def main() -> int:
+    """Join the processes that torchrun started, and train; returns the exit code."""
+    return exit_code(run)
+
+
+def run() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's idx files; default: synthetic")
     parser.add_argument(
@@ -105,13 +109,9 @@ def main() -> None:
     args = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start it by torchrun, for instance: torchrun --nproc-per-node 2 -m examples.ddp")
-    try:
-        with processes.joined() as device:
-            train(args, device)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    with processes.joined() as device:
+        train(args, device)
 
 
 if __name__ == "__main__":
-    main()
-    processes.leave()
+    processes.leave(main())

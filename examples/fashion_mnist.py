@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,30 +33,36 @@ from examples.batches import ALONE, MemoryBatches, evaluation_batches
 from examples.methods import METHODS, READ_OUT_LR, Method, make_learner
 from examples.models import DeepHebb
 from examples.training import Row, Run, Training
-from ghl_kernels.demo.arguments import natural, positive
+from ghl_kernels.demo.arguments import positive, thread_count, torch_seed
+from ghl_kernels.demo.ending import exit_code
 from ghl_kernels.demo.errors import UserError
 
 WIDTHS = (12, 48, 192)
 SEARCH_TRAIN, SEARCH_HELD_OUT = 10_000, 10_000
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run what the command line asks for; what the user can mend ends as one line."""
-    options = _parser().parse_args(arguments)
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line asks for; returns the exit code."""
+    return exit_code(lambda: run(_parser().parse_args(arguments)))
+
+
+def run(options: argparse.Namespace) -> None:
+    """What the command line asks for.
+
+    Raises:
+        UserError: what the user can mend.
+    """
     if options.threads:
         torch.set_num_threads(options.threads)
-    try:
-        if options.report:
-            print(f"Wrote {report.write(options.out, options.docs)}.")
-        elif options.search:
-            _search(options)
-        else:
-            images = data.limit(data.mnist(options.root), options.limit, options.limit)
-            for seed in options.seeds:
-                for key in options.only:
-                    run_one(METHODS[key], seed, images, options)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    if options.report:
+        print(f"Wrote {report.write(options.out, options.docs)}.")
+    elif options.search:
+        _search(options)
+    else:
+        images = data.limit(data.mnist(options.root), options.limit, options.limit)
+        for seed in options.seeds:
+            for key in options.only:
+                run_one(METHODS[key], seed, images, options)
 
 
 def run_one(method: Method, seed: int, images: data.Dataset, options: argparse.Namespace) -> list[Row]:
@@ -85,7 +92,7 @@ def run_one(method: Method, seed: int, images: data.Dataset, options: argparse.N
     )
     rows = Training(make_learner(method, model, options.local_epochs), run).fit()
     result = {"settings": settings, "rows": rows, "environment": made}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    _keep(result, path)
     (folder / "checkpoint.pt").unlink()
     return rows
 
@@ -107,11 +114,20 @@ def _settings(method: Method, seed: int, images: data.Dataset, options: argparse
         "data": images.name,
         "training_images": len(images.train),
         "test_images": len(images.test),
+        "train": images.train.digest(),
+        "test": images.test.digest(),
     }
 
 
+def _keep(result: dict[str, Any], path: Path) -> None:
+    """Write a result; an interrupted write leaves none."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
 def _finished(path: Path, settings: dict[str, Any]) -> list[Row]:
-    result = json.loads(path.read_text())
+    result = report.read_result(path)
     if result["settings"] != settings:
         raise UserError(f"{path} is the result of other settings; give another --out, or delete it.")
     rows: list[Row] = result["rows"]
@@ -120,8 +136,13 @@ def _finished(path: Path, settings: dict[str, Any]) -> list[Row]:
 
 def _search(options: argparse.Namespace) -> None:
     """Accuracy on held-out training images for each method's candidate rates; test images are not read."""
-    whole = data.hold_out(data.mnist(options.root), SEARCH_HELD_OUT)
-    images = data.limit(whole, options.limit or SEARCH_TRAIN)
+    whole = data.mnist(options.root)
+    if len(whole.train) <= SEARCH_HELD_OUT:
+        raise UserError(
+            f"--search holds out {SEARCH_HELD_OUT} training images and needs more than these; "
+            f"{options.root} has {len(whole.train)}."
+        )
+    images = data.limit(data.hold_out(whole, SEARCH_HELD_OUT), options.limit or SEARCH_TRAIN)
     table = Table("method", "learning rate", "held-out accuracy, %")
     for key in options.search:
         for lr in METHODS[key].lrs:
@@ -139,12 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     names = list(METHODS)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="METHOD", help=f"{names}")
-    parser.add_argument("--seeds", nargs="+", type=natural, default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--seeds", nargs="+", type=torch_seed, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--epochs", type=positive, default=5, help="of the gradient (default: 5)")
     parser.add_argument("--local-epochs", type=positive, default=1, help="of the local rules (default: 1)")
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
-    parser.add_argument("--threads", type=positive)
+    parser.add_argument("--threads", type=thread_count)
     parser.add_argument("--root", type=Path, default=data.FASHION_MNIST_ROOT, help="folder of the idx files")
     parser.add_argument("--out", type=Path, default=Path("examples/results/fashion-mnist"))
     parser.add_argument("--search", nargs="+", choices=names, metavar="METHOD", help="try learning rates")
@@ -159,4 +180,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

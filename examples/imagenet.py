@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +31,15 @@ from examples.batches import Batches, FolderBatches, MemoryBatches, Share, evalu
 from examples.learner import Learner
 from examples.models import MODELS
 from examples.training import Run, Training
-from ghl_kernels.demo.arguments import natural, nonnegative_number, positive, positive_number
+from ghl_kernels.demo.arguments import (
+    natural,
+    nonnegative_number,
+    positive,
+    positive_number,
+    thread_count,
+    torch_seed,
+)
+from ghl_kernels.demo.ending import exit_code
 from ghl_kernels.demo.errors import UserError
 from ghl_kernels.demo.output import make_folder
 from ghl_kernels.rule import HebbianRule
@@ -58,19 +65,24 @@ WARMUP = 5
 BATCH_NORM_FOLLOWS = ("resnet",)  # keeps u for its own backward: summing A then costs no memory
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Train, or take some steps; what the user can mend ends as one line."""
-    options = read_options(arguments)
+def main(arguments: list[str] | None = None) -> int:
+    """Train, or take some steps; returns the exit code."""
+    return exit_code(lambda: run(read_options(arguments)))
+
+
+def run(options: argparse.Namespace) -> None:
+    """What the command line asks for, in this process.
+
+    Raises:
+        UserError: what the user can mend.
+    """
     if options.threads:
         torch.set_num_threads(options.threads)
-    try:
-        with placed() as (share, device):
-            if options.steps:
-                compare_steps(options, device)
-            else:
-                train(options, share, device)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    with placed() as (share, device):
+        if options.steps:
+            compare_steps(options, device)
+        else:
+            train(options, share, device)
 
 
 @contextlib.contextmanager
@@ -163,7 +175,7 @@ def train(options: argparse.Namespace, share: Share, device: torch.device) -> No
 
 
 def compare_steps(options: argparse.Namespace, device: torch.device) -> None:
-    """Print losses, peak memory and seconds of ``--method`` and of backprop; keep them as JSON.
+    """Keep losses, peak memory and seconds of ``--method`` and of backprop as JSON, and print them.
 
     Raises:
         UserError: under torchrun with several processes, or a folder that cannot be used.
@@ -181,12 +193,12 @@ def compare_steps(options: argparse.Namespace, device: torch.device) -> None:
         "environment": machine.describe(device),  # before the steps: a commit may follow
     }
     found = steps.take(learners, run, options.steps)
+    path = folder / f"{options.model}-{options.method}.json"
+    path.write_text(json.dumps(result | {"methods": found}, indent=1) + "\n")
     table = Table(*steps.HEADINGS)
     for row in steps.cells(found):
         table.add_row(*row)
-    Console().print(table)
-    path = folder / f"{options.model}-{options.method}.json"
-    path.write_text(json.dumps(result | {"methods": found}, indent=1) + "\n")
+    Console().print(table)  # the file first: nobody may read this to its end
 
 
 def steps_command(options: argparse.Namespace) -> str:
@@ -245,15 +257,14 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=positive, default=32, help="of each process")
     parser.add_argument("--workers", type=natural, default=4, help="that decode images, of each process")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=torch_seed, default=0)
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16")
     parser.add_argument("--steps", type=positive, help="only compare so many steps with backprop's")
-    parser.add_argument("--threads", type=positive, help="of each process")
+    parser.add_argument("--threads", type=thread_count, help="of each process")
     parser.add_argument("--checkpoint-every", type=positive, default=1000, metavar="STEPS")
     parser.add_argument("--out", type=Path, default=Path("examples/results"))
     return parser
 
 
 if __name__ == "__main__":
-    main()
-    processes.leave()
+    processes.leave(main())

@@ -26,12 +26,12 @@ def joined() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def leave() -> NoReturn:
-    """End this process, whose work is done, without ending its interpreter first.
+def leave(code: int = 0) -> NoReturn:
+    """End this process, whose work is done, with an exit code and without ending its interpreter first.
 
     A thread of gloo's outlives its process group. It may still be letting go of the last tensor, for which it
     needs the interpreter, and aborts the process where that is ending (torch 2.13).
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a shell's >&- leaves None
+        stream.flush()
+    os._exit(code)

@@ -10,6 +10,7 @@ from typing import Any
 
 from examples import bars, curves, steps
 from examples.bars import Results
+from examples.data import short
 from examples.methods import METHODS
 from ghl_kernels.demo.errors import UserError
 from ghl_kernels.demo.output import make_folder
@@ -127,12 +128,12 @@ def read(source: Path) -> Results:
         source: their folder, or the JSON that ``write`` made of them.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a file is no result.
     """
     if source.is_file():
         found = _kept(source)
     else:
-        found = [json.loads(path.read_text()) for path in sorted(source.glob("*/result.json"))]
+        found = [read_result(path) for path in sorted(source.glob("*/result.json"))]
     runs: Results = {}
     for key in METHODS:
         of_method = [run for run in found if run["settings"]["method"] == key]
@@ -141,6 +142,25 @@ def read(source: Path) -> Results:
     if not runs:
         raise UserError(f"{source} has no finished run; python -m examples.fashion_mnist makes them.")
     return runs
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What a finished run of fashion_mnist has left.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, or is something else.
+    """
+    try:
+        result: Any = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except ValueError:
+        result = None
+    if not isinstance(result, dict) or not result.keys() >= {"settings", "rows", "environment"}:
+        raise UserError(
+            f"{path} is damaged, or no result of examples.fashion_mnist; delete it to run that anew."
+        )
+    return result
 
 
 def _kept(path: Path) -> list[dict[str, Any]]:
@@ -162,8 +182,8 @@ def _common_settings(runs: Results) -> dict[str, Any]:
         "read_out_lr",
     )
     all_settings = [run["settings"] for run in _all(runs)]
-    for key in keys:
-        values = {json.dumps(settings[key]) for settings in all_settings}
+    for key in (*keys, "train", "test"):  # digests of the images, which the oldest runs do not have
+        values = {json.dumps(short(settings.get(key))) for settings in all_settings}
         if len(values) > 1:
             raise UserError(f"The runs differ in {key} ({', '.join(sorted(values))}): they make no table.")
     return {key: all_settings[0][key] for key in keys}

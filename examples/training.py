@@ -99,7 +99,16 @@ class Training:
 
         Raises:
             UserError: the loss is no longer finite.
+            KeyboardInterrupt: Ctrl-C; the message names the checkpoint, if there is one.
         """
+        try:
+            return self._fit(stop_after)
+        except KeyboardInterrupt:
+            if not self._path.exists():
+                raise
+            raise KeyboardInterrupt(f"the same command goes on from {self._path}") from None
+
+    def _fit(self, stop_after: int | None) -> list[Row]:
         steps = len(self.run.batches)
         last = self.epochs * steps if stop_after is None else self.step + stop_after
         stream = sys.stderr if self.run.share.rank == 0 else io.StringIO()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ghl_kernels import __version__, environment
 from ghl_kernels.demo import command as demo
+from ghl_kernels.demo.ending import exit_code
 from ghl_kernels.demo.errors import UserError
 
 _EPILOG = """\
@@ -24,19 +24,16 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for something the user can mend, bench's own 1."""
+    """Run the command line; returns the exit code: that of `ending.exit_code`, or bench's own 1."""
     given = sys.argv[1:] if argv is None else list(argv)
-    try:
-        if given[:1] == ["bench"]:  # its options are the checkout's to know
-            return _bench(given[1:])
-        arguments = _parser().parse_args(given)
-        arguments.run(arguments)
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # who reads it, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return exit_code(lambda: _run(given))
+
+
+def _run(given: list[str]) -> int:
+    if given[:1] == ["bench"]:  # its options are the checkout's to know
+        return _bench(given[1:])
+    arguments = _parser().parse_args(given)
+    arguments.run(arguments)
     return 0
 
 

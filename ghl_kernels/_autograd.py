@@ -167,6 +167,26 @@ def _final(results: tuple[Tensor | None, ...], *sources: Tensor | None) -> tuple
     return _Final.apply(len(results), *results, *sources)
 
 
+def _saved(ctx: Any, changed: str) -> tuple[Tensor, ...]:
+    """The saved tensors, once a pass: checkpointing gives each of them to one asking.
+
+    ``changed``: what torch's message has in it where it refuses a weight that was changed meanwhile. Of an
+    output of GateFunction it would say that a view was modified, and advise to do that out of place.
+
+    Raises:
+        RuntimeError: a tensor that was changed since the forward pass.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if changed not in str(error):
+            raise
+        raise RuntimeError(
+            "the weight was changed between forward and backward, by learn_ or an optimizer; run backward "
+            "before either of them, or the forward pass again after it"
+        ) from None
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``, without what only functorch needs: to bind arguments to a signature.
 
@@ -224,7 +244,7 @@ class LayerFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_u: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_u is None:
             return (None,) * 6
-        saved = ctx.saved_tensors  # once: checkpointing gives each of them to one asking
+        saved = _saved(ctx, "of GateFunction is a view")
         with torch.no_grad():
             results = LayerFunction._backward(ctx, grad_u, *saved)
         return *_final(results, grad_u, *saved), None
@@ -336,7 +356,7 @@ class GateFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if A is None or moments is None:  # no gradient arrived at the layer's output
             return (None,) * 9
-        (weight,) = ctx.saved_tensors
+        (weight,) = _saved(ctx, "modified by an inplace operation")
         with torch.no_grad():
             gated = GateFunction._backward(ctx, G, A, moments, weight)
         return *_final((gated,), G, A, moments, weight), *(None,) * 8

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ghl_kernels._geometry import Geometry
+from ghl_kernels._geometry import Geometry, to_int
 from ghl_kernels.rule import HebbianRule
 
 
@@ -44,6 +44,13 @@ def same_dtype(**tensors: Tensor) -> None:
         raise TypeError(f"these must have one dtype, got {dtypes}")
 
 
+def alike_precision(**tensors: Tensor) -> None:
+    """Sums are float64 for float64 tensors and float32 for all others: TypeError where both would meet."""
+    if len({tensor.dtype == torch.float64 for tensor in tensors.values()}) > 1:
+        dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+        raise TypeError(f"all of these must be torch.float64, or none, got {dtypes}")
+
+
 def shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
     """A tensor of exactly this shape, ValueError otherwise."""
     if tuple(tensor.shape) != tuple(expected):
@@ -64,7 +71,11 @@ def writable(name: str, tensor: Tensor) -> None:
 
 
 def dimension(u: Tensor, dim: int) -> int:
-    """``dim`` of u counted from the front, ValueError when there is none."""
+    """``dim`` of u counted from the front, TypeError unless an int, ValueError when there is none."""
+    if type(dim) is not int and to_int(dim) is None:
+        raise TypeError(f"dim must be an int, got {dim!r}")
+    if u.dim() == 0:
+        raise ValueError("u must have at least one dimension, that of the units, got shape ()")
     if not -u.dim() <= dim < u.dim():
         raise ValueError(
             f"dim must be in [{-u.dim()}, {u.dim() - 1}] for u of shape {tuple(u.shape)}, got {dim}"
@@ -139,7 +150,7 @@ def finite(name: str, value: float) -> None:
     """A number, TypeError otherwise, and neither inf nor NaN, ValueError otherwise."""
     try:  # not math.isfinite, which no compiler takes of a number that changes
         is_finite = -sys.float_info.max <= value <= sys.float_info.max
-    except TypeError:
+    except (TypeError, ValueError, RuntimeError):  # of several elements NumPy and torch raise the latter two
         raise TypeError(f"{name} must be a real number, got {value!r}") from None
     if not is_finite:
         raise ValueError(f"{name} must be finite, got {value!r}")

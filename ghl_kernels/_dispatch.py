@@ -166,6 +166,7 @@ class use_backend:  # noqa: N801  reads as a function, and is one until it is en
     The environment variable ``GHL_BACKEND`` gives the initial choice.
 
     Raises:
+        TypeError: ``name`` is no str.
         ValueError: an unknown name.
         RuntimeError: a backend that cannot run here, with the reason.
     """
@@ -245,6 +246,8 @@ def select_with(operation: str, device: torch.device, dtype: torch.dtype) -> Mod
 
 
 def _check_available(name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"name must be one of {('auto', *_MODULES)}, got {name!r}")
     if name == "auto":
         return
     available, reason = _load(name).status()

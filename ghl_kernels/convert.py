@@ -56,6 +56,15 @@ def convert(
     nn.MultiheadAttention among them, and so are GHL layers: a second call with the same arguments changes
     nothing. What was converted and what was kept is logged at INFO to the logger ``ghl_kernels``.
 
+    The last Linear is the last one that the model registered (the last of ``named_modules()``), which need
+    not be the last one to run. It is kept whatever ``exclude`` says. Given by itself it is converted, too,
+    with a warning that it was:
+
+        convert(encoder)                      # an encoder without a head: all but its last Linear,
+        convert(encoder.projection)           # and that one
+        convert(model, exclude="classifier")  # a head that was not registered last,
+        convert(model.auxiliary)              # and the Linear that was
+
     Args:
         model: the model; converted itself when it is such a layer.
         rule: the rule of every converted layer.

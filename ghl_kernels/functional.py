@@ -65,6 +65,7 @@ def linear_delta(x: Tensor, u: Tensor, weight: Tensor, rule: HebbianRule) -> Ten
     _check.floats(x=x, u=u, weight=weight)
     _check.rule(rule)
     _check.same_dtype(x=x, u=u)
+    _check.alike_precision(x=x, u=u, weight=weight)
     _check.linear(x, u)
     _check.shape("weight", weight, (u.shape[-1], x.shape[-1]))
     return _delta(x, u, weight, rule, None)
@@ -81,6 +82,7 @@ def linear_weight_grad(x: Tensor, u: Tensor, grad_u: Tensor, weight: Tensor, rul
     _check.rule(rule)
     _check.shape("grad_u", grad_u, u.shape)
     _check.same_dtype(x=x, u=u)
+    _check.alike_precision(x=x, u=u, weight=weight)
     _check.linear(x, u)
     _check.shape("weight", weight, (u.shape[-1], x.shape[-1]))
     plan = make_plan(None, weight, rule, sums_at="backward")
@@ -195,6 +197,7 @@ def _conv_inputs(
     """x and u batched, x with the surplus of "same" padding, and the geometry; all checked."""
     _check.floats(x=x, u=u, weight=weight)
     _check.same_dtype(x=x, u=u)
+    _check.alike_precision(x=x, u=u, weight=weight)
     if not 3 <= weight.dim() <= 5:
         raise ValueError(
             f"weight must be (units, channels / groups, 1 to 3 kernel sizes), got {tuple(weight.shape)}"

@@ -70,12 +70,17 @@ class LayerReading:
 
     @property
     def evenness(self) -> float:
-        """Entropy as a share of log2(N): 1 where all units win equally often, 0 where one wins always."""
-        return self.entropy / math.log2(len(self.wins)) if len(self.wins) > 1 else 1.0
+        """Entropy as a share of log2(N): 1 where all units win equally often, 0 where one wins always.
+
+        NaN before any win.
+        """
+        if len(self.wins) > 1:
+            return self.entropy / math.log2(len(self.wins))
+        return 1.0 if self.wins.any() else math.nan
 
     @property
     def dead(self) -> npt.NDArray[np.intp]:
-        """The units that won at no position counted, ascending."""
+        """The units that won at no position counted, ascending: all of them before any was."""
         return np.flatnonzero(self.wins == 0)
 
     @property
@@ -171,8 +176,11 @@ class Monitor:
 
         Statistics: entropy, evenness, dead (share of the units), agreement, delta_max, delta_ratio,
         row_norm_min, row_norm_mean, row_norm_max. One that is not known yet is NaN.
+
+        Raises:
+            TypeError: ``readings`` that neither returned.
         """
-        readings = self.read() if readings is None else readings
+        readings = self._given(readings)
         return {
             f"{_check.label(name)}/{key}": value
             for name, reading in readings.items()
@@ -180,7 +188,10 @@ class Monitor:
         }
 
     def table(self, readings: Readings | None = None) -> Table:
-        """A rich table, one row a layer, that fits 80 columns; ``readings`` as for :meth:`scalars`."""
+        """A rich table, one row a layer, that fits 80 columns; "-" is what is not known yet.
+
+        ``readings`` and errors as for :meth:`scalars`.
+        """
         from rich import box
         from rich.table import Table
 
@@ -197,7 +208,7 @@ class Monitor:
         for heading in ("units", "positions", "dead", "even-\nness", "agree-\nment", "max |H|", "|H|/|W|"):
             out.add_column(heading, justify="right", no_wrap=True)
         out.add_column("row norm", justify="right")
-        for name, reading in (self.read() if readings is None else readings).items():
+        for name, reading in self._given(readings).items():
             out.add_row(_check.label(name), *_cells(reading))
         return out
 
@@ -209,12 +220,13 @@ class Monitor:
             readings: as for :meth:`scalars`.
 
         Raises:
+            TypeError: as for :meth:`scalars`.
             ImportError: matplotlib is not installed.
             OSError: the file cannot be written.
         """
         from ghl_kernels._monitor_figure import draw
 
-        figure = draw(self.read() if readings is None else readings)
+        figure = draw(self._given(readings))
         if path is not None:
             figure.savefig(path)
         return figure
@@ -241,6 +253,15 @@ class Monitor:
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a Monitor belongs to one model and cannot be copied; make a new one")
+
+    def _given(self, readings: Readings | None) -> Readings:
+        """The readings, checked; those of now where none are given."""
+        if readings is None:
+            return self.read()
+        is_mapping = isinstance(readings, Mapping)
+        if not (is_mapping and all(isinstance(value, LayerReading) for value in readings.values())):
+            raise TypeError(f"readings must be what read() or reduce() returned, got {readings!r}")
+        return readings
 
     def _readings(self, sums: list[Tensor]) -> dict[str, LayerReading]:
         return {
@@ -275,7 +296,7 @@ def _scalars(reading: LayerReading) -> dict[str, float]:
     return {
         "entropy": reading.entropy,
         "evenness": reading.evenness,
-        "dead": len(reading.dead) / max(1, len(reading.wins)),
+        "dead": _dead_share(reading),
         "agreement": reading.agreement,
         "delta_max": reading.delta_max,
         "delta_ratio": reading.delta_ratio,
@@ -283,6 +304,13 @@ def _scalars(reading: LayerReading) -> dict[str, float]:
         "row_norm_mean": mean,
         "row_norm_max": largest,
     }
+
+
+def _dead_share(reading: LayerReading) -> float:
+    """Share of the units; 0 of a layer without units, and else NaN before any position."""
+    if not len(reading.wins):
+        return 0.0
+    return len(reading.dead) / len(reading.wins) if reading.positions else math.nan
 
 
 def _norms(reading: LayerReading) -> tuple[float, float, float]:
@@ -298,8 +326,8 @@ def _cells(reading: LayerReading) -> list[str]:
     return [
         str(len(reading.wins)),
         f"{reading.positions:,}",
-        str(len(reading.dead)),
-        f"{reading.evenness:.3f}",
+        "-" if math.isnan(_dead_share(reading)) else str(len(reading.dead)),
+        "-" if math.isnan(reading.evenness) else f"{reading.evenness:.3f}",
         f"{reading.agreement:.1%}" if reading.agreeing + reading.opposed else "-",
         f"{reading.delta_max:.3g}" if reading.gates else "-",
         f"{reading.delta_ratio:.3g}" if reading.gates else "-",

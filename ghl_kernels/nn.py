@@ -38,7 +38,8 @@ class GHLLayer(nn.Module, abc.ABC):
     Abstract; ``isinstance(module, ghl.GHLLayer)`` finds a model's GHL layers.
 
     Attributes:
-        rule: the :class:`HebbianRule`.
+        rule: the :class:`HebbianRule`. :meth:`set_rule` changes it and the two options, and checks what an
+            assignment does not.
         gate_at: ``"backward"``: weight.grad is the gated gradient as soon as backward returns.
             ``"step"``: backward leaves the plain gradient and the sums; a :class:`StepGate` applies the
             rule just before the optimizer's step, exact under accumulation, GradScaler, clipping and DDP.
@@ -57,12 +58,17 @@ class GHLLayer(nn.Module, abc.ABC):
     def __init__(
         self,
         *args: Any,
+        dtype: Any,
         rule: HebbianRule | None,
         gate_at: GateAt,
         sums_at: SumsAt,
     ) -> None:
-        super().__init__(*args)
-        self.set_rule(HebbianRule.ghl() if rule is None else rule, gate_at, sums_at)
+        rule = HebbianRule.ghl() if rule is None else rule
+        check_options(rule, gate_at, sums_at)  # set_rule would take None for an option that stays as it is
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a real floating-point dtype, got {dtype}")
+        super().__init__(*args, dtype=dtype)
+        self.set_rule(rule, gate_at, sums_at)
 
     def set_rule(
         self, rule: HebbianRule, gate_at: GateAt | None = None, sums_at: SumsAt | None = None
@@ -101,6 +107,7 @@ class GHLLayer(nn.Module, abc.ABC):
         """Forward pass and local update in place, W += lr * H, with no backward pass and no gate.
 
         The call is the update: it changes a frozen weight, and that of a layer in eval mode, as well.
+        Backward through an output from before it raises RuntimeError, because the weight has changed.
 
         Args:
             x: the layer's input, as for ``forward``.
@@ -302,7 +309,8 @@ class GHLLinear(GHLLayer, nn.Linear):
         rule, gate_at, sums_at: see :class:`HebbianRule` and :class:`GHLLayer`.
 
     Raises:
-        TypeError, ValueError: a rule or option that is not allowed; in training, an input that does not fit.
+        TypeError, ValueError: a rule, option or dtype that is not allowed; in training, an input that does
+            not fit.
     """
 
     def __init__(
@@ -318,7 +326,14 @@ class GHLLinear(GHLLayer, nn.Linear):
         sums_at: SumsAt = "forward",
     ) -> None:
         super().__init__(
-            in_features, out_features, bias, device, dtype, rule=rule, gate_at=gate_at, sums_at=sums_at
+            in_features,
+            out_features,
+            bias,
+            device,
+            dtype=dtype,
+            rule=rule,
+            gate_at=gate_at,
+            sums_at=sums_at,
         )
 
     @property
@@ -367,7 +382,7 @@ class GHLConv(GHLLayer, nn.modules.conv._ConvNd):
             bias,
             padding_mode,
             device,
-            dtype,
+            dtype=dtype,
             rule=rule,
             gate_at=gate_at,
             sums_at=sums_at,
@@ -406,6 +421,10 @@ class GHLConv(GHLLayer, nn.modules.conv._ConvNd):
             )
 
 
+# Python's own messages about arguments begin with it, and GHLConv is not a class that users know.
+GHLConv.__init__.__qualname__ = "GHLConv1d/2d/3d.__init__"
+
+
 class GHLConv1d(GHLConv, nn.Conv1d):
     """:class:`torch.nn.Conv1d` trained by a Hebbian rule; see :class:`GHLConv2d`."""
 
@@ -422,7 +441,8 @@ class GHLConv2d(GHLConv, nn.Conv2d):
         rule, gate_at, sums_at: see :class:`HebbianRule` and :class:`GHLLayer`.
 
     Raises:
-        TypeError, ValueError: a rule or option that is not allowed; in training, an input that does not fit.
+        TypeError, ValueError: a rule, option or dtype that is not allowed; in training, an input that does
+            not fit.
     """
 
 

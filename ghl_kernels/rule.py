@@ -7,6 +7,8 @@ import math
 import numbers
 from typing import Any, Literal, NamedTuple, cast, get_args
 
+from ghl_kernels._geometry import to_int
+
 Activity = Literal["softmax", "linear", "relu", "binary"]
 Losers = Literal["silent", "anti"]
 Decay = Literal["oja", "instar", "none", "subspace", "sanger"]
@@ -121,8 +123,14 @@ class HebbianRule:
         """Number of winners among ``units`` units, 0 when all compete.
 
         Raises:
-            ValueError: more winners than units, or "anti" where a fraction leaves a single winner.
+            TypeError: ``units`` is no int.
+            ValueError: fewer than 0 units, more winners than units, or "anti" where a fraction leaves a
+                single winner.
         """
+        if type(units) is not int and to_int(units) is None:
+            raise TypeError(f"units must be an int >= 0, got {units!r}")
+        if units < 0:
+            raise ValueError(f"units must be an int >= 0, got {units!r}")
         if self.winners is None:
             return 0
         if isinstance(self.winners, int):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class GHLSGD(SGD):
     State dicts are interchangeable with those of torch.optim.SGD.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or an option not a number.
         ValueError: a value that torch.optim.SGD refuses, an option that is a tensor, sharded weights, no
             trainable weight of a layer with ``gate_at="step"``, layers that a StepGate or another GHLSGD
             holds or that share their weights, several processes without a process group, or layers that DDP
@@ -60,6 +61,8 @@ class GHLSGD(SGD):
         process_group: Any = None,
     ) -> None:
         _check.module(model)
+        given = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        _check_numbers(given)  # of another type torch does not say which one it is
         super().__init__(
             model.parameters() if params is None else params,
             lr,
@@ -94,7 +97,8 @@ class GHLSGD(SGD):
         Raises:
             RuntimeError: a weight.grad without sums, a weight that was changed between backward and step,
                 or an optimizer whose layers were removed. Nothing has been updated then.
-            TypeError: a gradient of another dtype than its weight (``weight.grad_dtype``). As above.
+            TypeError: a gradient of another dtype than its weight (``weight.grad_dtype``), or an option of a
+                group that is no number. As above.
             ValueError: an option of a group that is a tensor.
         """
         loss = None
@@ -178,10 +182,18 @@ def _check_dtype(attachment: Attachment) -> None:
         )
 
 
+def _check_numbers(group: Mapping[str, Any]) -> None:
+    """ValueError where an option is a tensor, TypeError where it is no number at all."""
+    for name in ("lr", "momentum", "dampening", "weight_decay"):
+        value = group[name]
+        if isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a number for GHLSGD, got a tensor; use {name}.item()")
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     """The options of a group as numbers, by the names that torch gives them."""
-    for name in ("lr", "momentum", "dampening", "weight_decay"):
-        if isinstance(group[name], Tensor):
-            raise ValueError(f"{name} must be a number for GHLSGD, got a tensor; use {name}.item()")
+    _check_numbers(group)
     names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
     return {name: group[name] for name in names}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -23,6 +25,7 @@ from bench import (
     performance,
     races,
     report,
+    step_threads,
     steps,
     suites,
 )
@@ -135,6 +138,16 @@ def test_figures_are_drawn_and_the_same_every_time(tmp_path: pathlib.Path) -> No
     for one, two in zip(first, again, strict=True):
         assert one.read_bytes() == two.read_bytes()
         assert one.read_text().count("<path") > 5
+
+
+def test_the_figure_of_growth_is_the_same_every_time(tmp_path: pathlib.Path) -> None:
+    rows = [row(suite="scaling", case=f"N={n}", seconds=Spread(n, n, n)) for n in (1, 2, 4)]
+    for name in ("one", "two"):
+        assert figures.growth(rows, {}, tmp_path / f"{name}.svg")
+    one, two = ((tmp_path / f"{name}.svg").read_bytes() for name in ("one", "two"))
+    assert b"dc:date" not in one
+    assert one == two
+    assert figures.growth(rows, {}, tmp_path / "three.png")
 
 
 def test_no_figure_without_its_rows(tmp_path: pathlib.Path) -> None:
@@ -310,6 +323,35 @@ def test_the_committed_page_is_what_the_script_writes() -> None:
         assert (performance.PAGE.parent / link).is_file()
 
 
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("other", 2)])
+def test_an_argument_writes_no_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argument: str, code: int
+) -> None:
+    monkeypatch.setattr(performance, "documents", lambda: pytest.fail("it writes the page"))
+    monkeypatch.setattr(sys, "argv", ["performance", argument])
+    with pytest.raises(SystemExit) as stopped:
+        performance.main()
+    assert stopped.value.code == code
+    assert "usage: python -m bench.performance" in "".join(capsys.readouterr())
+
+
+def test_steps_by_threads_are_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = []
+
+    def rows(options: argparse.Namespace, progress: Progress) -> list[Row]:
+        given.append(options.rounds)
+        return [row("GHL softmax", suite="scaling", case="threads=2", against="threads=1")]
+
+    monkeypatch.setattr(step_threads, "rows", rows)
+    step_threads.main(["--rounds", "2"])
+    assert given == [2]
+    assert re.search(r"threads=2 .*GHL softmax", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        step_threads.main(["other"])
+
+
 # --- the command --------------------------------------------------------------------------------
 
 
@@ -429,18 +471,51 @@ def test_what_fails_costs_its_own_rows_alone(
 
 @pytest.mark.usefixtures("_toy_races")
 def test_a_run_that_is_broken_off_keeps_the_suites_before(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(target: object) -> list[Race]:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(races.SUITES, "kwta", interrupted)
     path = tmp_path / "out.json"
-    with pytest.raises(KeyboardInterrupt):
-        bench("--json", str(path), suite="softmax kwta")
+    assert bench("--json", str(path), suite="softmax kwta") == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
     kept = report.Document(path)
     assert {row.suite for row in kept.rows} == {"softmax"}
     assert kept.settings["suites"] == ["softmax"]
+
+
+@pytest.fixture
+def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        pytest.fail("this came too late")
+
+    monkeypatch.setattr(ceilings, "measure", fail)
+
+
+@pytest.mark.usefixtures("_nothing_is_measured")
+@pytest.mark.parametrize("option", ["--json", "--out"])
+@pytest.mark.parametrize("place", ["below a file", "of another kind", "not to be written"])
+def test_what_cannot_be_written_is_said_before_the_measurement(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], option: str, place: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    other = "folder" if option == "--json" else "file"
+    path = {
+        "below a file": tmp_path / "file" / "new" / "out",
+        "of another kind": tmp_path / other,
+        "not to be written": pathlib.Path("/proc/out"),  # nor by root
+    }[place]
+    assert bench(option, str(path)) == 2
+    assert re.fullmatch(rf"error: {path} cannot be written: [^.]+\.\n", capsys.readouterr().err)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "file", tmp_path / "folder"]
+
+
+def test_trying_to_write_leaves_nothing(tmp_path: pathlib.Path) -> None:
+    new = tmp_path / "new"
+    command._require_writable(command.parse(["--json", str(new / "a.json"), "--out", str(new / "b")]))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("_toy_races")
@@ -465,13 +540,19 @@ def test_an_update_replaces_its_suites_and_keeps_the_others(tmp_path: pathlib.Pa
     ("what", "name", "value"), [("settings", "threads", 64), ("machine", "machine", {"cpu": "another"})]
 )
 def test_an_update_of_another_machine_or_setting_is_refused(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], what: str, name: str, value: object
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+    what: str,
+    name: str,
+    value: object,
 ) -> None:
     path = tmp_path / "out.json"
     assert bench("--json", str(path)) == 0
     other = json.loads(path.read_text())
     other[what][name] = value
     path.write_text(json.dumps(other))
+    request.getfixturevalue("_nothing_is_measured")
     assert bench("--json", str(path), "--update", suite="kwta") == 2
     assert f"{what}, {name}: now" in capsys.readouterr().err
     assert json.loads(path.read_text()) == other

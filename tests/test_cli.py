@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import torch
 from idx_files import write_fashion_mnist
 
 import ghl_kernels.demo
-from ghl_kernels import _native
+from ghl_kernels import _native, environment
 from ghl_kernels.__main__ import main
+from ghl_kernels.demo.ending import exit_code
 
 
 def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
@@ -41,6 +43,90 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
         running.stdout.close()
         _, err = running.communicate(timeout=120)
     assert (running.returncode, err) == (0, "")
+
+
+@pytest.mark.parametrize(("option", "unbuffered"), [("info", ""), ("info", "1"), ("--help", "")])
+def test_a_full_stdout_is_one_line(option: str, unbuffered: str) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("there is no /dev/full")
+    with full.open("w") as stdout:
+        done = subprocess.run(
+            [sys.executable, "-m", "ghl_kernels", option],
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    message = "error: The output cannot be written: No space left on device.\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(environment, "collect", interrupt)
+    assert main(["info"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+def test_an_interruption_says_what_comes_next(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(raising(KeyboardInterrupt("the same command goes on"))) == 130
+    assert capsys.readouterr() == ("", "interrupted: the same command goes on\n")
+
+
+def test_what_the_user_cannot_mend_keeps_its_traceback() -> None:
+    for error in (OSError(5, "Input/output error"), ValueError("a"), SystemExit(1)):
+        with pytest.raises(type(error)):
+            exit_code(raising(error))
+
+
+def test_a_reader_that_has_enough_of_a_table_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904 - as rich ends a process
+
+    assert exit_code(work) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def sanitize(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """tools/sanitize with a cmake that builds nothing and fails."""
+    cmake = tmp_path / "cmake"
+    cmake.write_text("#!/bin/sh\necho built >&2\nexit 3\n")
+    cmake.chmod(0o755)
+    # a stand-in, as tools of the environment's Python would come before
+    python = tmp_path / "python"
+    scripts = f'[ "$1" = -c ] && echo "{tmp_path}" && exit'
+    python.write_text(f'#!/bin/sh\n{scripts}\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    tool = Path(__file__).parents[1] / "tools" / "sanitize"
+    found = {"PYTHON": str(python), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    return subprocess.run(
+        [tool, *arguments], env=os.environ | found, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_sanitize_builds_nothing_for_help_or_what_pytest_refuses(tmp_path: Path) -> None:
+    done = sanitize(tmp_path, "--help")
+    assert (done.returncode, done.stdout) == (0, "usage: tools/sanitize [arguments of pytest]\n")
+    done = sanitize(tmp_path, "--nonsense")
+    assert done.returncode != 0
+    assert "unrecognized arguments: --nonsense" in done.stderr
+    assert "built" not in done.stderr
+    assert "built" in sanitize(tmp_path, "-k", "compete").stderr
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +225,7 @@ def test_info_says_why_native_is_missing(
         (["demo", "--data", "cifar"], "invalid choice: 'cifar'"),
         (["demo", "--epochs", "0"], "whole number of at least 1, got '0'"),
         (["demo", "--seeds", "two"], "whole number of at least 1, got 'two'"),
+        (["demo", "--threads", "1000000"], "whole number from 1 to"),
         (["demo", "--lr", "0.1"], "must be NAME=VALUE"),
         (["demo", "--lr", "backprop=nan"], "finite and at least 0, got 'backprop=nan'"),
     ],

@@ -125,6 +125,23 @@ def test_exclusion_of_the_wrong_type(exclude: Any, shown: str) -> None:
         ghl.convert(Nested(), exclude=exclude)
 
 
+@pytest.mark.filterwarnings("ignore:the last convertible module is '.model.'")
+def test_the_head_is_the_last_registered_whatever_is_excluded() -> None:
+    """What the docstring shows: the other Linear is given by itself."""
+    encoder = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    ghl.convert(encoder, exclude=[])
+    assert converted(encoder) == ["0"]
+    ghl.convert(encoder[2])
+    assert converted(encoder) == ["0", "2"]
+    model = nn.ModuleDict(
+        {"body": nn.Linear(3, 4), "classifier": nn.Linear(4, 2), "auxiliary": nn.Linear(4, 4)}
+    )
+    ghl.convert(model, exclude="classifier")
+    assert converted(model) == ["body"]
+    ghl.convert(model["auxiliary"])
+    assert converted(model) == ["body", "auxiliary"]
+
+
 def test_bare_layer_is_converted_itself() -> None:
     for layer in (nn.Linear(3, 4), nn.Conv2d(3, 4, 3)):
         with pytest.warns(UserWarning, match=r"'\(model\)', which was converted: .*output layer"):

@@ -71,6 +71,35 @@ def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert picture.std() > 0.05
 
 
+def demo_in(folder: Path) -> int:
+    """The demo on few small images, as short as it gets."""
+    write_fashion_mnist(folder)
+    options = ["--root", str(folder), "--epochs", "1", "--seeds", "1", "--threads", "1", "--out", str(folder)]
+    return main(["demo", "--data", "fashion-mnist", *options])
+
+
+def test_the_files_are_written_before_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ghl_kernels.demo import report
+
+    def closed(results: report.Results) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(report, "print_table", closed)
+    assert demo_in(tmp_path) == 0
+    assert json.loads((tmp_path / "demo-fashion-mnist.json").read_text())["seeds"] == [0]
+    assert (tmp_path / "demo-fashion-mnist.png").is_file()
+
+
+def test_the_table_is_printed_where_a_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "demo-fashion-mnist.json").mkdir()
+    assert demo_in(tmp_path) == 2
+    printed = capsys.readouterr()
+    assert all(label in printed.out for label in LABELS)
+    assert printed.err.endswith(f"error: {tmp_path} cannot be written: Is a directory.\n")
+
+
 @pytest.fixture
 def commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Of a checkout at ``tmp_path`` with one file, which stands in for this one."""

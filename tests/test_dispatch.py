@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,14 @@ def test_unknown_name_changes_nothing() -> None:
     first = selected()
     with pytest.raises(ValueError, match="unknown backend 'cuda13'; there are 'auto', 'eager', 'cpu'"):
         ghl.use_backend("cuda13")
+    assert selected() == first
+
+
+@pytest.mark.parametrize("name", [["cpu"], None, 3])
+def test_name_that_is_no_str(name: Any) -> None:
+    first = selected()
+    with pytest.raises(TypeError, match=f"name must be one of .*'cpu'.* got {re.escape(repr(name))}"):
+        ghl.use_backend(name)
     assert selected() == first
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -21,6 +22,7 @@ from oracle import (
 )
 from strategies import DTYPES, UNITS, LayerCase, crossover, layer_cases, rules
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ghl_kernels import HebbianRule, functional, reference
 
@@ -290,7 +292,17 @@ BAD = [
         r"dim must be in \[-2, 1\]",
     ),
     ("compete", {"u": torch.ones(4, 5), "rule": HebbianRule(), "dim": -3}, ValueError, "got -3"),
-    ("compete", {"u": torch.tensor(1.0), "rule": HebbianRule()}, ValueError, "dim"),
+    (
+        "compete",
+        {"u": torch.tensor(1.0), "rule": HebbianRule()},
+        ValueError,
+        r"u must have at least one dimension, .*got shape \(\)",
+    ),
+    ("kwta", {"u": torch.ones(4, 5), "k": 2, "dim": "x"}, TypeError, "dim must be an int, got 'x'"),
+    ("kwta", {"u": torch.ones(4, 5), "k": 2, "dim": 1.0}, TypeError, "dim must be an int, got 1.0"),
+    ("kwta", {"u": torch.ones(4, 5), "k": 2, "dim": (0, 1)}, TypeError, r"dim must be an int, got \(0, 1\)"),
+    ("kwta", {"u": torch.ones(4, 5), "k": 2, "dim": None}, TypeError, "dim must be an int, got None"),
+    ("kwta", {"u": torch.ones(4, 5), "k": 2, "dim": True}, TypeError, "dim must be an int, got True"),
     ("compete", {"u": torch.ones(4, 5), "rule": HebbianRule(winners=6)}, ValueError, "got 6 of 5"),
     ("kwta", {"u": torch.ones(4, 5), "k": 0}, ValueError, "got 0"),
     ("kwta", {"u": torch.ones(4, 5), "k": 6}, ValueError, "got 6 of 5"),
@@ -304,7 +316,18 @@ BAD = [
         r"weight must have shape \(5, 2\), got \(5, 3\)",
     ),
     ("linear_delta", _linear(x=torch.ones(4, 3).double()), TypeError, "float64"),
-    ("linear_delta", _linear(weight=torch.ones(5, 3).double()), TypeError, "float64"),
+    (
+        "linear_delta",
+        _linear(weight=torch.ones(5, 3).double()),
+        TypeError,
+        r"float64, or none, got x torch\.float32, u torch\.float32, weight torch\.float64",
+    ),
+    (
+        "linear_weight_grad",
+        _linear(weight=torch.ones(5, 3).double(), grad_u=torch.ones(4, 5)),
+        TypeError,
+        r"got x torch\.float32, u torch\.float32, weight torch\.float64",
+    ),
     ("linear_delta", _linear(weight=torch.ones(5, 3).int()), TypeError, "int32"),
     ("linear_delta", _linear(u=META), ValueError, "meta"),
     ("linear_delta", _linear(rule=HebbianRule(winners=6)), ValueError, "got 6 of 5"),
@@ -328,6 +351,21 @@ BAD = [
     ("conv_delta", _conv(dilation=0), ValueError, "dilation must be at least 1"),
     ("conv_delta", _conv(padding=-1), ValueError, "padding must be at least 0"),
     ("conv_delta", _conv(padding="full"), ValueError, "padding must be .*got 'full'"),
+    ("conv_delta", _conv(groups="2"), TypeError, "groups must be an int, got '2'"),
+    ("conv_delta", _conv(groups=1.0), TypeError, "groups must be an int, got 1.0"),
+    ("conv_delta", _conv(groups=True), TypeError, "groups must be an int, got True"),
+    ("conv_delta", _conv(stride="2"), TypeError, "stride must be an int or 1 ints, got '2'"),
+    ("conv_delta", _conv(stride=(1.0,)), TypeError, r"stride must be an int or 1 ints, got \(1.0,\)"),
+    ("conv_delta", _conv(stride=1.5), TypeError, "stride must be an int or 1 ints, got 1.5"),
+    ("conv_delta", _conv(stride=None), TypeError, "stride must be an int or 1 ints, got None"),
+    ("conv_delta", _conv(dilation=[True]), TypeError, r"dilation must be an int or 1 ints, got \[True\]"),
+    ("conv_delta", _conv(padding=None), TypeError, "padding must be .*'same' or 'valid', got None"),
+    (
+        "conv_delta",
+        _conv(weight=torch.ones(6, 4, 3).double()),
+        TypeError,
+        r"got x torch\.float32, u torch\.float32, weight torch\.float64",
+    ),
     ("conv_delta", _conv(padding="same", stride=2), ValueError, "padding='same' needs stride 1"),
     ("conv_delta", _conv(x=torch.ones(2, 4, 2)), ValueError, "does not fit"),
     ("conv_delta", _conv(x=torch.ones(2, 4, 6, 6)), ValueError, "x must be"),
@@ -372,6 +410,35 @@ def test_bad_input(
 ) -> None:
     with pytest.raises(error, match=message):
         partial(getattr(functional, name), **arguments)()
+
+
+@pytest.mark.parametrize("as_int", [int, np.int64, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+def test_what_torch_takes_for_an_int(as_int: Any) -> None:
+    x, weight = torch.randn(2, 4, 6, 6), torch.randn(6, 2, 3, 3)
+    options = {"stride": 2, "padding": 1, "dilation": 1, "groups": 2}
+    u = torch.conv2d(x, weight, **options)
+    expected = functional.conv_delta(x, u, weight, HebbianRule(), **options)
+    numbers = {name: as_int(value) for name, value in options.items()}
+    pairs = {name: value if name == "groups" else (value, value) for name, value in numbers.items()}
+    for equal in (numbers, pairs):
+        assert torch.equal(functional.conv_delta(x, u, weight, HebbianRule(), **equal), expected)
+    assert torch.equal(functional.kwta(u, 2, as_int(1)), functional.kwta(u, 2, 1))
+
+
+def test_ints_of_a_trace_stay_symbolic() -> None:
+    """Convolution arguments that depend on a size are traced for other sizes, too."""
+
+    def delta(x: Tensor, u: Tensor, weight: Tensor) -> Tensor:
+        step = x.shape[0] - 1
+        return functional.conv_delta(x, u, weight, HebbianRule(), stride=step, padding=(step, step))
+
+    def inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = torch.randn(batch, 4, 9, 9), torch.randn(7, 4, 2, 2)  # equal sizes share a symbol
+        return x, torch.conv2d(x, weight, stride=batch - 1, padding=batch - 1), weight
+
+    traced = make_fx(delta, tracing_mode="symbolic")(*inputs(3))
+    other = inputs(4)
+    assert torch.equal(traced(*other), delta(*other))
 
 
 @pytest.mark.large

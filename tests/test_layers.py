@@ -11,6 +11,7 @@ import pickle
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -521,13 +522,35 @@ def test_learn_ignores_gate_mode_and_grad(backend: str, kind: str) -> None:
     assert not torch.equal(ours.weight, plain.weight)
 
 
-def test_learn_that_breaks_a_graph_is_noticed(backend: str) -> None:
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+@pytest.mark.parametrize("change", ["learn_", "optimizer"])
+@pytest.mark.parametrize("is_narrow", [False, True], ids=["float32", "autocast"])
+def test_weight_changed_between_forward_and_backward(
+    backend: str, kind: str, change: str, is_narrow: bool
+) -> None:
     """The version counter: a weight saved for backward must not change unseen."""
-    _, ours, x = make("Linear")
-    out = ours(x.requires_grad_())
-    ours.learn_(x, 0.1)
-    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
+    _, ours, x = make(kind)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_narrow):
+        out = ours(x.requires_grad_())
+    if change == "learn_":
+        ours.learn_(x, 0.1)
+    else:
+        ours.weight.grad = torch.ones_like(ours.weight)
+        torch.optim.SGD(ours.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match=r"^the weight was changed .* by learn_ or an optimizer; run"):
         out.sum().backward()
+
+
+def test_other_tensors_changed_between_forward_and_backward() -> None:
+    """torch's message, which says what they are: no weight."""
+    _, ours, x = make("Linear")
+    base = x.clone().requires_grad_().clone()
+    for changed, used in ((x, x), (base, base.unbind()[0])):  # the latter is one of several views
+        out = ours(used)
+        with torch.no_grad():
+            changed.add_(1)
+        with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
+            out.sum().backward()
 
 
 @pytest.mark.parametrize("lr", [float("nan"), float("inf")])
@@ -537,7 +560,7 @@ def test_learn_refuses_a_learning_rate(backend: str, lr: float) -> None:
         ours.learn_(x, lr)
 
 
-@pytest.mark.parametrize("lr", ["0.1", None, [0.1], 1j])
+@pytest.mark.parametrize("lr", ["0.1", None, [0.1], 1j, torch.ones(2), np.ones(2)])
 def test_learning_rate_that_is_no_number(backend: str, lr: Any) -> None:
     _, ours, x = make("Linear")
     with pytest.raises(TypeError, match=re.escape(f"lr must be a real number, got {lr!r}")):
@@ -620,6 +643,10 @@ def test_other_dtypes_need_autocast(backend: str, kind: str) -> None:
         ({"rule": HebbianRule.ghl}, TypeError, "rule must be a HebbianRule"),
         ({"gate_at": "forward"}, ValueError, "gate_at must be one of .*'step'.*got 'forward'"),
         ({"sums_at": "step"}, ValueError, "sums_at must be one of .*'backward'.*got 'step'"),
+        ({"gate_at": None}, ValueError, "gate_at must be one of .*got None"),
+        ({"sums_at": None}, ValueError, "sums_at must be one of .*got None"),
+        ({"dtype": torch.complex64}, TypeError, "must be a real floating-point dtype, got torch.complex64"),
+        ({"dtype": torch.int32}, TypeError, "must be a real floating-point dtype, got torch.int32"),
         ({"rule": HebbianRule(winners=12)}, ValueError, "got 12 of 11"),
         ({"rule": HebbianRule(winners=0.01, losers="anti")}, ValueError, "one winner"),
     ],
@@ -628,6 +655,22 @@ def test_other_dtypes_need_autocast(backend: str, kind: str) -> None:
 def test_bad_options(kind: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make(kind, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_that_do_not_exist_are_those_of_a_public_class(kind: str) -> None:
+    shown = "GHLLinear" if kind == "Linear" else "GHLConv1d/2d/3d"
+    with pytest.raises(TypeError, match=rf"^{shown}\.__init__\(\) got an unexpected .* 'strides'"):
+        make(kind, strides=2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("stride", "2"), ("stride", None), ("stride", 1.5), ("padding", None)]
+)
+def test_arguments_that_torch_stores_unseen(argument: str, value: Any) -> None:
+    layer = ghl.GHLConv2d(4, 6, 3, **{argument: value})
+    with pytest.raises(TypeError, match=f"{argument} must be an int or 2 ints, .*{value}"):
+        layer(torch.ones(1, 4, 5, 5))
 
 
 # --- as modules ---------------------------------------------------------------------------------

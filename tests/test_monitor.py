@@ -7,6 +7,7 @@ import io
 import math
 import pathlib
 import pickle
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -610,6 +611,7 @@ def test_derived_numbers() -> None:
     assert math.copysign(1.0, _reading([7, 0]).entropy) == 1.0
     assert _reading([9]).evenness == 1.0
     assert math.isnan(_reading([0, 0]).entropy)
+    assert math.isnan(_reading([0]).evenness)
     assert math.isnan(_reading([1], agreeing=0, opposed=0).agreement)
 
 
@@ -629,7 +631,23 @@ def test_scalars_and_table() -> None:
     assert given["layer/entropy"] == pytest.approx(1.5)
     lines = _printed(monitor, {"layer": _reading([4, 0, 2, 2]), "new": _reading([0, 0], gates=0)}, width=140)
     assert lines[-2].split() == ["layer", "4", "8", "1", "0.750", "75.0%", "4", "0.5", "1", "-", "1"]
-    assert "nan" in lines[-1]
+    assert lines[-1].split() == ["new", "2", "0", "-", "-", "75.0%", "-", "-", "1", "-", "1"]
+
+
+@pytest.mark.parametrize("units", [1, 5])
+def test_what_is_not_known_before_any_step(units: int) -> None:
+    """Nor after one whose responses were all NaN."""
+    layer = ghl.GHLLinear(3, units)
+    monitor = ghl.Monitor(layer)
+    for invalid in (0, 4):
+        assert monitor.read()[""].invalid == invalid
+        scalars = {name.split("/")[1]: value for name, value in monitor.scalars().items()}
+        for name in ("entropy", "evenness", "dead"):
+            assert math.isnan(scalars[name])
+        assert math.isfinite(scalars["row_norm_mean"])
+        cells = _printed(monitor, monitor.read(), 140)[-1].split()
+        assert cells[:5] == ["(model)", str(units), "0", "-", "-"]
+        layer(torch.full((4, 3), math.nan))
 
 
 def _printed(monitor: ghl.Monitor, readings: dict[str, LayerReading], width: int) -> list[str]:
@@ -728,3 +746,14 @@ def test_bad_input() -> None:
             with pytest.raises(TypeError, match=f"{name} must be an int >= 1, got {value!r}"):
                 ghl.Monitor(layer, **{name: value})
     assert layer._probe is None
+
+
+@pytest.mark.parametrize("readings", [[1], 3, "0", [], {"0": 1}, {"0": {"dead": 0.0}}])
+@pytest.mark.parametrize("method", ["scalars", "table", "plot"])
+def test_what_is_no_reading(method: str, readings: Any) -> None:
+    monitor = ghl.Monitor(ghl.GHLLinear(3, 2))
+    if method == "plot":
+        pytest.importorskip("matplotlib")
+    message = re.escape(f"readings must be what read() or reduce() returned, got {readings!r}")
+    with pytest.raises(TypeError, match=message):
+        getattr(monitor, method)(readings=readings)

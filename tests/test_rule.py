@@ -154,6 +154,16 @@ def test_more_winners_than_units_are_refused() -> None:
         HebbianRule(winners=8).winners_of(7)
 
 
+@pytest.mark.parametrize(
+    ("units", "error"),
+    [("a", TypeError), (None, TypeError), (2.5, TypeError), (True, TypeError), (-3, ValueError)],
+)
+@pytest.mark.parametrize("winners", [None, 2, 0.5])
+def test_units_that_are_no_number_of_units(winners: Any, units: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"units must be an int >= 0, got {units!r}"):
+        HebbianRule(winners=winners).winners_of(units)
+
+
 def test_a_fraction_that_leaves_one_winner_excludes_anti() -> None:
     rule = HebbianRule(winners=0.1, losers="anti")
     assert rule.winners_of(20) == 2

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from reference_model import small_batches, small_network, summed_loss
@@ -454,12 +456,25 @@ def test_options_that_are_refused(options: dict[str, Any], match: str) -> None:
     ghl.GHLSGD(model, lr=0.1)  # nothing was attached
 
 
-def test_learning_rate_that_becomes_a_tensor() -> None:
+@pytest.mark.parametrize("name", ["lr", "momentum", "dampening", "weight_decay"])
+@pytest.mark.parametrize("value", ["0.1", None, [0.1], 1j])
+def test_options_of_another_type(name: str, value: Any) -> None:
+    model = network()
+    message = re.escape(f"{name} must be a number, got {value!r}")
+    with pytest.raises(TypeError, match=message):
+        ghl.GHLSGD(model, **{name: value})
+    with pytest.raises(TypeError, match=message):
+        ghl.GHLSGD(model, params=[{"params": model.parameters(), name: value}])
+    ghl.GHLSGD(model, lr=np.float32(0.1), momentum=1 // 2)  # nothing was attached
+
+
+@pytest.mark.parametrize(("lr", "error"), [(torch.tensor(0.1), ValueError), ("0.1", TypeError)])
+def test_learning_rate_that_becomes_something_else(lr: Any, error: type[Exception]) -> None:
     both = Both()
     both.backward(3)
     kept = both.model[0].weight.detach().clone()
-    both.optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
-    with pytest.raises(ValueError, match="lr must be a number"):
+    both.optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(error, match="lr must be a number"):
         both.optimizer.step()
     assert torch.equal(kept, both.model[0].weight)
 

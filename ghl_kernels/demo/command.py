@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ghl_kernels import environment
-from ghl_kernels.demo.arguments import positive
+from ghl_kernels.demo.arguments import positive, thread_count
 
 from . import checkout, cost, data, train
 from .errors import UserError
@@ -80,7 +80,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "every method's read-out (NAME: read-out); may be repeated",
     )
     training.add_argument(
-        "--threads", type=positive, metavar="N", help="threads (default: 1 for digits, else torch's choice)"
+        "--threads",
+        type=thread_count,
+        metavar="N",
+        help="threads (default: 1 for digits, else torch's choice)",
     )
     parser.add_argument(
         "--out",
@@ -117,14 +120,15 @@ def run(arguments: argparse.Namespace) -> None:
             costs = _measure(settings, images, progress)
         seconds = time.perf_counter() - started
         results = report.Results(settings, images, runs, costs, seconds, arguments.validation, made)
-        report.print_table(results)
         stem = f"demo-{arguments.data}"
         paths = arguments.out / f"{stem}.png", arguments.out / f"{stem}.json"
         try:
-            figure.write(results, paths[0])
             report.write_json(results, paths[1])
+            figure.write(results, paths[0])
         except OSError as error:
             raise UserError(f"{arguments.out} cannot be written: {error.strerror or error}.") from None
+        finally:  # the files first, as nobody may read this to its end
+            report.print_table(results)
     print(f"Wrote {paths[0]} and {paths[1]}.")
 
 

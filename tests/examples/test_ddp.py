@@ -40,7 +40,7 @@ def test_a_wrong_folder_is_one_line() -> None:
     done = subprocess.run(
         command, env=os.environ | started, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert re.search(r"^error: /absent does not exist; expected there: .*\n\Z", done.stderr, re.MULTILINE)
     assert "--root" not in done.stderr
     assert "Traceback" not in done.stderr

@@ -133,6 +133,34 @@ def test_the_report_repeats_from_what_it_kept(tmp_path: Path) -> None:
         report.write(kept, tmp_path / "docs")
 
 
+@pytest.mark.parametrize("content", ["", '{"settings": {"met', "[]", '{"settings": {}}'])
+def test_a_damaged_result_is_one_line(tmp_path: Path, content: str) -> None:
+    write(tmp_path, {"backprop": (90.0, 91.0)})
+    path = tmp_path / "runs" / "backprop-1" / "result.json"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        report.read(tmp_path / "runs")
+    assert str(caught.value) == (
+        f"{path} is damaged, or no result of examples.fashion_mnist; delete it to run that anew."
+    )
+
+
+def test_a_result_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "backprop-1" / "result.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^\S+result\.json cannot be read: Is a directory\.$"):
+        report.read(tmp_path)
+
+
+def test_runs_on_other_images_make_no_table(tmp_path: Path) -> None:
+    found = results({"backprop": (90.0, 91.0)})
+    found["backprop"][0]["settings"]["train"] = 64 * "0"
+    found["backprop"][1]["settings"]["train"] = 64 * "1"
+    kept = tmp_path / "kept.json"
+    kept.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r'differ in train \("0{12}", "1{12}"\)'):
+        report.write(kept, tmp_path / "docs")
+
+
 def test_the_report_says_which_code_ran() -> None:
     made = {"machine": {"cpu": "A"}, "versions": {"torch": "2", "ghl_kernels": "1"}, "threads": 3}
     commit = {"commit": "0123456789abcdef", "uncommitted_changes": False}

@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -71,8 +73,10 @@ def test_a_run_killed_while_testing_loses_no_row(tmp_path: Path, every: int) -> 
         raise KeyboardInterrupt
 
     run = run_in(tmp_path / "killed", checkpoint_every=every)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         Training(LEARNERS["backward"](), dataclasses.replace(run, test=killed)).fit()
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    assert str(stopped.value) == (f"the same command goes on from {checkpoint}" if every == 1 else "")
     assert Training(LEARNERS["backward"](), run).fit() == rows
 
 
@@ -144,21 +148,36 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         Training(LEARNERS["backward"](), run_in(tmp_path))
 
 
-def test_a_folder_that_cannot_be_used_is_said_before_training(tmp_path: Path) -> None:
+def assert_refused(
+    main: Callable[[list[str]], int],
+    command: list[str],
+    complaint: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The command ends with exit code 2 and one line that matches."""
+    capsys.readouterr()
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(rf"error: {complaint}\n", err), err
+
+
+def test_a_folder_that_cannot_be_used_is_said_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(UserError, match=f"{file} is a file"):
         Training(LEARNERS["backward"](), run_in(file / "run"))
     command = ["--synthetic", "--model", "resnet20", "--size", "16", "--classes", "4", "--images", "8"]
     command += ["--batch-size", "8", "--no-amp", "--steps", "2", "--out", str(file)]
-    with pytest.raises(SystemExit, match=rf"^error: The folder .* {file} is a file\.$"):
-        imagenet.main(command)
+    complaint = rf"The folder .* {file} is a file\."
+    assert_refused(imagenet.main, command, complaint, capsys)
     report = ["--report", "--out", str(tmp_path), "--docs", str(file)]
-    result = {"settings": {"method": "backprop", "seed": 0}}
+    result = {"settings": {"method": "backprop", "seed": 0}, "rows": [], "environment": {}}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").write_text(json.dumps(result))
-    with pytest.raises(SystemExit, match=rf"^error: The folder .* {file} is a file\.$"):
-        fashion_mnist.main(report)
+    assert_refused(fashion_mnist.main, report, complaint, capsys)
 
 
 def test_fashion_mnist_in_pieces_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,10 +200,80 @@ def test_fashion_mnist_in_pieces_and_its_report(tmp_path: Path, capsys: pytest.C
     assert f"| backprop | {mean:.2f} (" in text
     assert f"3 of {2 * len(METHODS)} runs are in" in text
     assert (docs / "results" / "fashion-mnist.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit, match="other settings"):
-        fashion_mnist.main([*command, "--only", "frozen", "--seeds", "0", "--epochs", "2"])
-    with pytest.raises(SystemExit, match="no finished run"):
-        fashion_mnist.main(["--report", "--out", str(tmp_path / "empty"), "--docs", str(docs)])
+    other = [*command, "--only", "frozen", "--seeds", "0", "--epochs", "2"]
+    assert_refused(fashion_mnist.main, other, ".* other settings; .*", capsys)
+    empty = ["--report", "--out", str(tmp_path / "empty"), "--docs", str(docs)]
+    assert_refused(fashion_mnist.main, empty, ".* no finished run; .*", capsys)
+
+
+@pytest.fixture
+def short_run(tmp_path: Path) -> list[str]:
+    """A run of fashion_mnist on few images in ``tmp_path / "images"``."""
+    (tmp_path / "images").mkdir()
+    write_fashion_mnist(tmp_path / "images", train=16, test=8)
+    command = ["--root", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--epochs", "1"]
+    return [*command, "--batch-size", "16", "--only", "frozen", "--seeds", "0"]
+
+
+@pytest.mark.parametrize("part", ["train", "t10k"])
+def test_fashion_mnist_takes_no_result_of_other_images(
+    tmp_path: Path, short_run: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fashion_mnist.main(short_run) == 0
+    folder = tmp_path / "out" / "frozen-seed0"
+    assert [path.name for path in folder.iterdir() if path.name.startswith("result")] == ["result.json"]
+    images = tmp_path / "images" / f"{part}-images-idx3-ubyte"
+    content = bytearray(images.read_bytes())
+    content[-1] ^= 1
+    images.write_bytes(content)
+    assert_refused(fashion_mnist.main, short_run, ".* is the result of other settings; .*", capsys)
+
+
+def test_fashion_mnist_goes_on_with_its_images_alone(
+    tmp_path: Path,
+    short_run: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(result: object, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fashion_mnist, "_keep", interrupt)
+    assert fashion_mnist.main(short_run) == 130
+    assert capsys.readouterr().err.endswith("\ninterrupted\n")
+    write_fashion_mnist(tmp_path / "images", train=16, test=9)
+    assert_refused(fashion_mnist.main, short_run, ".* is of a run with test='[0-9a-f]{12}' .*", capsys)
+
+
+def test_fashion_mnist_says_that_a_result_is_damaged(
+    tmp_path: Path, short_run: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "frozen-seed0").mkdir(parents=True)
+    (tmp_path / "out" / "frozen-seed0" / "result.json").write_text('{"settings": {"met')
+    assert_refused(fashion_mnist.main, short_run, ".*result.json is damaged, .*", capsys)
+
+
+def test_a_search_needs_images_to_hold_out(short_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    complaint = r"--search holds out 10000 training images and needs more than these; \S+ has 16\."
+    assert_refused(fashion_mnist.main, [*short_run, "--search", "frozen"], complaint, capsys)
+
+
+def test_a_report_whose_reader_has_enough_is_no_error(tmp_path: Path) -> None:
+    """Of the recorded runs, which have no digests of their images."""
+    kept = Path(__file__).parents[2] / "docs" / "results" / "fashion-mnist.json"
+    command = [sys.executable, "-m", "examples.fashion_mnist", "--report", "--out", str(kept)]
+    with subprocess.Popen(
+        [*command, "--docs", str(tmp_path)],
+        cwd=kept.parents[2],
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        running.stdout.close()
+        _, err = running.communicate(timeout=120)
+    assert (running.returncode, err) == (0, "")
+    assert (tmp_path / "results" / "fashion-mnist.json").read_bytes() == kept.read_bytes()
 
 
 @pytest.mark.parametrize("method", ["ghl", "kwta"])
@@ -206,15 +295,35 @@ def test_cifar_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (folder / "curves.png").is_file()
     images = data.limit(data.synthetic((3, 32, 32), 10, 2048, 256), 16, 16)
     assert torch.load(folder / "checkpoint.pt")["settings"]["train"] == images.train.digest()
-    with pytest.raises(SystemExit, match="does not exist"):
-        cifar.main(["--root", str(tmp_path / "absent")])
+    assert_refused(cifar.main, ["--root", str(tmp_path / "absent")], ".* does not exist; .*", capsys)
+
+
+def test_an_interrupted_command_says_where_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cifar, "SYNTHETIC_IMAGES", 16)
+    monkeypatch.setattr(Learner, "step", interrupt)
+    command = ["--synthetic", "--model", "fasthebb", "--batch-size", "8", "--epochs", "2"]
+    command += ["--out", str(tmp_path)]
+    assert cifar.main(command) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    checkpoint = tmp_path / "synthetic-fasthebb-ghl-seed0" / "checkpoint.pt"
+    monkeypatch.undo()
+    monkeypatch.setattr(cifar, "SYNTHETIC_IMAGES", 16)
+    monkeypatch.setattr(Training, "_describe", lambda self, *_: interrupt() if self.rows else None)
+    assert cifar.main(command) == 130
+    assert capsys.readouterr().err.endswith(f"interrupted: the same command goes on from {checkpoint}\n")
 
 
 @pytest.mark.parametrize("main", [cifar.main, imagenet.main])
-def test_more_winners_than_units_is_one_line(tmp_path: Path, main: Callable[[list[str]], None]) -> None:
+def test_more_winners_than_units_is_one_line(
+    tmp_path: Path, main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["--synthetic", "--classes", "10", "--method", "kwta", "--k", "999", "--out", str(tmp_path)]
-    with pytest.raises(SystemExit, match=r"^error: --k 999: .* got 999 of \d+.*\.$"):
-        main(command)
+    assert_refused(main, command, r"--k 999: .* got 999 of \d+.*\.", capsys)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +337,10 @@ def test_more_winners_than_units_is_one_line(tmp_path: Path, main: Callable[[lis
         (imagenet.main, "--temperature", "0", "must be a finite number above 0, got '0'"),
         (imagenet.main, "--momentum", "-1", "must be a finite number of at least 0, got '-1'"),
         (imagenet.main, "--weight-decay", "nan", "must be a finite number of at least 0, got 'nan'"),
+        (cifar.main, "--seed", str(2**64), f"must be a whole number from 0 to {2**64 - 1}, got '{2**64}'"),
+        (imagenet.main, "--seed", str(2**64), f"must be a whole number from 0 to {2**64 - 1}, got"),
+        (cifar.main, "--threads", "1000000", "must be a whole number from 1 to"),
+        (imagenet.main, "--threads", "1000000", "must be a whole number from 1 to"),
     ],
 )
 def test_a_number_out_of_range_is_one_line(
@@ -240,6 +353,20 @@ def test_a_number_out_of_range_is_one_line(
     with pytest.raises(SystemExit):
         main(["--synthetic", option, value])
     assert f"argument {option}: {complaint}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seeds", str(2**64)), ("--threads", "1000000")])
+def test_fashion_mnist_refuses_more_than_torch_takes(
+    tmp_path: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        fashion_mnist.main(["--root", str(tmp_path), option, value])
+    assert f"argument {option}: must be a whole number from " in capsys.readouterr().err
+
+
+def test_the_largest_seed_trains(tmp_path: Path) -> None:
+    command = ["--synthetic", "--model", "fasthebb", "--limit", "8", "--batch-size", "8", "--epochs", "1"]
+    assert cifar.main([*command, "--seed", str(2**64 - 1), "--out", str(tmp_path)]) == 0
 
 
 def test_numbers_of_zero_are_allowed_where_they_mean_something() -> None:
@@ -299,12 +426,15 @@ def test_methods_take_their_steps_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert [len(found["one"][key]) for key in ("losses", "seconds")] == [3, 2]
 
 
-def test_imagenet_takes_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_of_threads_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = []
     monkeypatch.setattr(torch, "set_num_threads", given.append)
-    with pytest.raises(SystemExit, match="--model vit"):
-        imagenet.main(["--synthetic", "--model", "vit", "--size", "225", "--threads", "3"])
-    assert given == [3]
+    command = ["--synthetic", "--model", "vit", "--size", "225", "--threads", "3"]
+    assert_refused(imagenet.main, command, "--model vit: .*", capsys)
+    assert_refused(cifar.main, ["--root", "/absent", "--threads", "4"], "/absent does not exist; .*", capsys)
+    assert given == [3, 4]
 
 
 def test_imagenet_warms_up_within_the_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,7 +446,9 @@ def test_imagenet_warms_up_within_the_run(capsys: pytest.CaptureFixture[str]) ->
         assert complaint in capsys.readouterr().err
 
 
-def test_imagenet_refuses_to_resume_on_other_images(tmp_path: Path) -> None:
+def test_imagenet_refuses_to_resume_on_other_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["--model", "resnet20", "--size", "16", "--classes", "2", "--batch-size", "2", "--epochs", "1"]
     command += ["--workers", "0", "--no-amp", "--out", str(tmp_path / "out"), "--root"]
     for count, root in enumerate(("one", "two"), start=2):
@@ -325,13 +457,14 @@ def test_imagenet_refuses_to_resume_on_other_images(tmp_path: Path) -> None:
     imagenet.main([*command, str(tmp_path / "one")])
     (tmp_path / "one").rename(tmp_path / "moved")
     imagenet.main([*command, str(tmp_path / "moved")])
-    with pytest.raises(SystemExit, match="is of a run with train="):
-        imagenet.main([*command, str(tmp_path / "two")])
+    digest = "'[0-9a-f]{12}'"
+    complaint = rf".* is of a run with train={digest} \(now {digest}\), val=.*"
+    assert_refused(imagenet.main, [*command, str(tmp_path / "two")], complaint, capsys)
 
 
-def test_imagenet_says_what_size_a_network_takes() -> None:
-    with pytest.raises(SystemExit, match=r"^error: --model vit: size must be .* got size=225"):
-        imagenet.main(["--synthetic", "--model", "vit", "--size", "225"])
+def test_imagenet_says_what_size_a_network_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    complaint = "--model vit: size must be .* got size=225.*"
+    assert_refused(imagenet.main, ["--synthetic", "--model", "vit", "--size", "225"], complaint, capsys)
 
 
 @pytest.mark.slow
