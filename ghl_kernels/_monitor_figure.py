@@ -29,7 +29,7 @@ def draw(readings: Mapping[str, LayerReading]) -> Figure:
         wins, evenness, dead, agreement, size, norms = figure.subplots(2, 3).flat
         _draw_wins(wins, layers)
         _draw_share(evenness, "Evenness of the winners", [layer.evenness for layer in layers])
-        _draw_share(dead, "Dead units", [len(layer.dead) / len(layer.wins) for layer in layers])
+        _draw_share(dead, "Dead units", [layer.dead_share for layer in layers])
         _draw_share(agreement, "Local direction = task's", [layer.agreement for layer in layers])
         agreement.axhline(0.5, color="#999999", lw=0.8, ls="--")
         _draw_size(size, layers)
@@ -72,7 +72,8 @@ def _draw_size(axes: Axes, layers: list[LayerReading]) -> None:
 
 def _draw_norms(axes: Axes, layers: list[LayerReading]) -> None:
     places = range(len(layers))
-    low, middle, high = np.array([np.quantile(layer.row_norms, (0.0, 0.5, 1.0)) for layer in layers]).T
+    norms = [layer.row_norms if len(layer.row_norms) else np.array([np.nan]) for layer in layers]
+    low, middle, high = np.array([np.quantile(of_layer, (0.0, 0.5, 1.0)) for of_layer in norms]).T
     axes.fill_between(places, low, high, color="#0072B2", alpha=0.15, lw=0)
     axes.errorbar(places, middle, (middle - low, high - middle), color="#0072B2", marker="o", markersize=3)
     axes.set_ylim(bottom=0.0)

@@ -84,6 +84,13 @@ class LayerReading:
         return np.flatnonzero(self.wins == 0)
 
     @property
+    def dead_share(self) -> float:
+        """Dead units as a share of all: 0 of a layer without units, else NaN before any position."""
+        if not len(self.wins):
+            return 0.0
+        return len(self.dead) / len(self.wins) if self.positions else math.nan
+
+    @property
     def agreement(self) -> float:
         """agreeing / (agreeing + opposed); NaN before any, or where the rule has no gate."""
         directed = self.agreeing + self.opposed
@@ -296,7 +303,7 @@ def _scalars(reading: LayerReading) -> dict[str, float]:
     return {
         "entropy": reading.entropy,
         "evenness": reading.evenness,
-        "dead": _dead_share(reading),
+        "dead": reading.dead_share,
         "agreement": reading.agreement,
         "delta_max": reading.delta_max,
         "delta_ratio": reading.delta_ratio,
@@ -304,13 +311,6 @@ def _scalars(reading: LayerReading) -> dict[str, float]:
         "row_norm_mean": mean,
         "row_norm_max": largest,
     }
-
-
-def _dead_share(reading: LayerReading) -> float:
-    """Share of the units; 0 of a layer without units, and else NaN before any position."""
-    if not len(reading.wins):
-        return 0.0
-    return len(reading.dead) / len(reading.wins) if reading.positions else math.nan
 
 
 def _norms(reading: LayerReading) -> tuple[float, float, float]:
@@ -326,7 +326,7 @@ def _cells(reading: LayerReading) -> list[str]:
     return [
         str(len(reading.wins)),
         f"{reading.positions:,}",
-        "-" if math.isnan(_dead_share(reading)) else str(len(reading.dead)),
+        "-" if math.isnan(reading.dead_share) else str(len(reading.dead)),
         "-" if math.isnan(reading.evenness) else f"{reading.evenness:.3f}",
         f"{reading.agreement:.1%}" if reading.agreeing + reading.opposed else "-",
         f"{reading.delta_max:.3g}" if reading.gates else "-",

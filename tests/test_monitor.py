@@ -704,7 +704,11 @@ def test_plot(tmp_path: pathlib.Path, layers: int) -> None:
     np.testing.assert_allclose(shown, np.array([4, 2, 0, 0]) * 4 / 6)
     assert dead.lines[0].get_ydata()[0] == 0.5
     assert agreement.lines[0].get_ydata()[0] == 0.75
-    assert len(monitor.plot().axes) == 6  # before the first step there is nothing but norms
+    unknown = monitor.plot()  # before the first step there is nothing but norms
+    assert len(unknown.axes) == 6
+    assert np.isnan(unknown.axes[2].lines[0].get_ydata()[0])
+    no_units = monitor.plot(readings={"": _reading([])})
+    assert no_units.axes[2].lines[0].get_ydata()[0] == 0.0
 
 
 def test_removal_and_copies() -> None:
