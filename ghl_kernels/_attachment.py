@@ -140,6 +140,7 @@ class Attachment:
         self.name = _check.label(name)
         self.layer = layer
         self._owner = weakref.ref(optimizer)
+        self._decay = layer.rule.decay  # which the leaves are made for
         self._A, self._moments = self._new_leaves()
         self.weight = weight = layer.weight  # the parameter that the optimizer holds
         self._handles = [
@@ -170,8 +171,10 @@ class Attachment:
         """Where the sums go in the next backward pass.
 
         Raises:
-            RuntimeError: the layer's weight is another tensor than the one that was attached.
+            RuntimeError: the layer's weight is another tensor than the one that was attached, or its rule has
+                another decay.
         """
+        self._check_decay()
         weight = self.layer.weight
         if not self._is_attached(weight):  # its gradient would be plain, wherever it goes
             raise RuntimeError(
@@ -194,8 +197,9 @@ class Attachment:
         Zeros where the gradient is 0, or ``shared`` and all of it came from other processes.
 
         Raises:
-            RuntimeError: a gradient without sums, or a weight that changed since they were made.
+            RuntimeError: a gradient without sums, or a weight or decay that changed since they were made.
         """
+        self._check_decay()
         weight, grad = self.weight, self.weight.grad
         if grad is None:
             self._drop()
@@ -375,6 +379,14 @@ class Attachment:
         self._A, self._moments = self._new_leaves()
         for leaf, kept in zip((self._A, self._moments), sums, strict=True):
             leaf.grad = None if kept is None else kept.to(leaf)
+
+    def _check_decay(self) -> None:
+        decay = self.layer.rule.decay
+        if decay != self._decay:
+            raise RuntimeError(
+                f"the decay of {self.name!r} was {self._decay!r} when its StepGate or GHLSGD was made and is "
+                f"{decay!r} now, by an assignment to layer.rule; set_rule says what may change"
+            )
 
     def _state_of_weight(self) -> tuple[int, int]:
         """Another one after the weight was changed."""

@@ -1238,6 +1238,18 @@ def test_rule_that_loses_its_gate_while_a_pass_is_pending() -> None:
     training.step_and_check()
 
 
+@pytest.mark.parametrize("when", ["before a pass", "before the step"])
+def test_decay_that_is_assigned_to_an_attached_layer(when: str) -> None:
+    """set_rule would have refused it."""
+    training = Training()
+    if when == "before the step":
+        training.backward(3)
+    training.model[0].rule = HebbianRule.hpca()
+    follows = training.optimizer.step if when == "before the step" else lambda: training.backward(3)
+    with pytest.raises(RuntimeError, match=r"the decay of '0' was 'oja' .* and is 'sanger' now"):
+        follows()
+
+
 def test_rule_of_an_attached_layer() -> None:
     """What its StepGate sums for must stay; the mode is kept where none is given."""
     training = Training()
