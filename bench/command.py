@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from bench.report import Row
 from bench.suites import CPU_ONLY, SUITES, Run, together
 from ghl_kernels.demo.arguments import positive, thread_count
 from ghl_kernels.demo.errors import UserError
+from ghl_kernels.demo.output import try_to_write
 
 DESCRIPTION = """\
 Time every operation and training step against what users would pick instead, and against the floor of this
@@ -260,8 +260,7 @@ def _require_writable(options: argparse.Namespace) -> None:
 
 def _try_folder(folder: pathlib.Path) -> None:
     there = next(each for each in (folder, *folder.parents) if each.exists())
-    # permissions alone say little: of root, of a file system that is mounted read-only
-    tempfile.TemporaryFile(dir=there).close()
+    try_to_write(there)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from examples.batches import Share
 from examples.data import short
 from ghl_kernels.demo.errors import UserError
+from ghl_kernels.demo.output import replacing
 
 
 def save(
@@ -32,10 +32,9 @@ def save(
     if share.world > 1:
         torch.distributed.all_gather_object(by_rank, mine)
     if share.rank == 0:
-        unfinished = path.with_suffix(".unfinished")
         content = {"state": state, "by_rank": by_rank, "settings": _complete(settings, share)}
-        torch.save(content, unfinished)
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished:
+            torch.save(content, unfinished)
 
 
 def load(path: Path, settings: dict[str, Any], share: Share) -> dict[str, Any] | None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from examples.training import Row, Run, Training
 from ghl_kernels.demo.arguments import positive, thread_count, torch_seed
 from ghl_kernels.demo.ending import exit_code
 from ghl_kernels.demo.errors import UserError
+from ghl_kernels.demo.output import replacing
 
 WIDTHS = (12, 48, 192)
 SEARCH_TRAIN, SEARCH_HELD_OUT = 10_000, 10_000
@@ -92,7 +92,8 @@ def run_one(method: Method, seed: int, images: data.Dataset, options: argparse.N
     )
     rows = Training(make_learner(method, model, options.local_epochs), run).fit()
     result = {"settings": settings, "rows": rows, "environment": made}
-    _keep(result, path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(result, indent=1) + "\n")
     (folder / "checkpoint.pt").unlink()
     return rows
 
@@ -117,13 +118,6 @@ def _settings(method: Method, seed: int, images: data.Dataset, options: argparse
         "train": images.train.digest(),
         "test": images.test.digest(),
     }
-
-
-def _keep(result: dict[str, Any], path: Path) -> None:
-    """Write a result; an interrupted write leaves none."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(unfinished, path)
 
 
 def _finished(path: Path, settings: dict[str, Any]) -> list[Row]:

@@ -235,10 +235,10 @@ def test_fashion_mnist_goes_on_with_its_images_alone(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def interrupt(result: object, path: Path) -> None:
+    def interrupt(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fashion_mnist, "_keep", interrupt)
+    monkeypatch.setattr(fashion_mnist, "replacing", interrupt)
     assert fashion_mnist.main(short_run) == 130
     assert capsys.readouterr().err.endswith("\ninterrupted\n")
     write_fashion_mnist(tmp_path / "images", train=16, test=9)

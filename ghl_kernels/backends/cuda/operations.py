@@ -10,7 +10,7 @@ from torch import Tensor
 from ghl_kernels.backends.cuda.kernels import compete, correlate, depthwise, epilogue, sparse
 from ghl_kernels.backends.gpu.layout import Patches, Responses
 from ghl_kernels.backends.gpu.operations import Operations
-from ghl_kernels.backends.gpu.state import State
+from ghl_kernels.backends.gpu.state import State, holds_activities
 from ghl_kernels.rule import Competition
 
 _HOST_L2 = 32 << 20
@@ -41,7 +41,7 @@ class CudaOperations(Operations):
         return correlate.correlate_winners(x, unit, activity, grad_u)
 
     def takes_winners(self, x: Patches, grad_u: Responses, winners: int) -> bool:
-        return _holds_activities(x.tensor.dtype) and correlate.takes_winners(x, grad_u, winners)
+        return holds_activities(x.tensor.dtype) and correlate.takes_winners(x, grad_u, winners)
 
     def pairs_lists(
         self,
@@ -53,7 +53,7 @@ class CudaOperations(Operations):
         winners: int,
     ) -> bool:
         """Whether conv_winner_pair of a layer in channels_last is one kernel."""
-        return _holds_activities(dtype) and correlate.pairs_lists(
+        return holds_activities(dtype) and correlate.pairs_lists(
             device, dtype, units, channels, kernel, winners
         )
 
@@ -65,11 +65,6 @@ class CudaOperations(Operations):
 
     def l2_bytes(self, device: torch.device) -> int:
         return _HOST_L2 if device.type == "cpu" else _l2_bytes(device)
-
-
-def _holds_activities(dtype: torch.dtype) -> bool:
-    """Whether a kernel that rounds them to ``dtype`` loses no small ones, as float16 does (gpu/state.py)."""
-    return dtype != torch.float16
 
 
 @functools.cache

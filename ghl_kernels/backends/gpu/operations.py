@@ -127,7 +127,7 @@ class Operations(abc.ABC):
         self, x: Tensor, unit: Tensor, activity: Tensor, units: int, decay: str
     ) -> tuple[Tensor, Tensor]:
         """As linear_sums, from the winners' lists (P, k)."""
-        if decay in ("subspace", "sanger"):
+        if decay in ("subspace", "sanger") or x.numel() == 0:
             return eager.linear_winner_sums(x, unit, activity, units, decay)
         rows = x.reshape(-1, x.shape[-1])
         return self._winner_sums(rows, patches(rows, None), unit, activity, (units, rows.shape[1]), 1, decay)
@@ -136,7 +136,7 @@ class Operations(abc.ABC):
         self, x: Tensor, unit: Tensor, activity: Tensor, units: int, geometry: Geometry, decay: str
     ) -> tuple[Tensor, Tensor]:
         """As conv_sums, from the winners' lists (P, k)."""
-        if decay in ("subspace", "sanger"):
+        if decay in ("subspace", "sanger") or x.numel() == 0:
             return eager.conv_winner_sums(x, unit, activity, units, geometry, decay)
         shape = (units, x.shape[1] // geometry.groups, *geometry.kernel_size)
         x = _channels_last(x)
@@ -386,10 +386,7 @@ class Operations(abc.ABC):
         decay: str,
     ) -> tuple[Tensor, Tensor]:
         moments = eager.new_moments(shape[0], groups, decay, unit.shape[0], torch.float32, x.device)
-        if x.numel() == 0 or unit.numel() == 0:
-            if unit.numel() and decay == "instar":
-                _, sums = eager.linear_winner_sums(activity[:, :1], unit, activity, shape[0], decay)
-                moments[:-1] = sums[:-1]
+        if unit.numel() == 0:
             return x.new_zeros(shape, dtype=torch.float32), moments
         A, sums = self.sparse.correlate(x_patches, unit, activity, shape[0], sum_activity=decay == "instar")
         if sums is not None:
