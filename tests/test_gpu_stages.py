@@ -229,6 +229,20 @@ def test_the_table_of_shapes_takes_the_fastest() -> None:
     assert [name.rpartition(":")[2] for name, value in table.items() if value is True] == ["cuda"]
 
 
+def test_the_table_of_shapes_takes_a_gradient_of_the_library_where_that_is_faster() -> None:
+    """With the fastest tile of A; what the CUDA backend has to beat is then both together."""
+    problem = config.Problem(64, 576, 64, 1000, 1, 2, 2, True, False)
+    tile, apart = "tile 64 256 64 8 3", "library G, A tile 128 128 64 8 {}"
+    for faster in (True, False):
+        table: dict[str, Any] = {}
+        times = {tile: 3.0, apart.format(3): 2.0 if faster else 4.0, apart.format(4): 5.0, "cuda": 2.5}
+        pair._choose(table, problem, times)
+        assert table[config._key(problem)] == [64, 256, 64, 8, 3]
+        assert table[config._key(problem._replace(results=1))] == [128, 128, 64, 8, 3]
+        assert table[f"{config._key(problem)}:library_grad"] is faster
+        assert table[f"{config._key(problem)}:cuda"] is not faster
+
+
 def test_buffer_sets_exceed_the_cache() -> None:
     assert timing.sets_for(bytes_per_set=10, l2=100) == 30
     assert timing.sets_for(bytes_per_set=1000, l2=100) == 1

@@ -33,6 +33,7 @@ TOLERANCE = 1e-2
 DTYPE = torch.bfloat16
 PRODUCTS = ("pair", "A")
 AUTO = "auto"
+LIBRARY_GRAD = "library G"  # beside A by a tile of its own
 _CLOSE = 1.1  # times the fastest's time: those that auto is timed beside
 Run = Callable[[int], tuple[Tensor, ...]]
 
@@ -92,9 +93,11 @@ def calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
     """Every call with every tile: what has to be compiled."""
     for job in jobs(dry):
         call = _call(job, [job.layer.tensors(device, DTYPE)])
-        for context in tiles.every_candidate(lambda call=call: call(0)):
-            with context:
-                yield lambda call=call: call(0)
+        for used in (False, True) if job.product == "pair" else (False,):
+            with tiles.library_grad(used):
+                for context in tiles.every_candidate(lambda call=call: call(0)):
+                    with context:
+                        yield lambda call=call: call(0)
 
 
 def _measure(this: Stage, job: Job, limits: dict[str, float], table: dict[str, Any]) -> None:
@@ -144,6 +147,11 @@ def _ours(this: Stage, job: Job, call: Run, problem: config.Problem | None) -> d
     for tile in config.candidates(problem, architectures.of(this.device)) if problem else ():
         name = f"tile {' '.join(map(str, tile))}"
         found[name] = within(call, kernel, functools.partial(tiles.forced, tile))
+    if problem is not None and job.product == "pair" and job.layer.size:
+        for tile in config.candidates(_alone(problem), architectures.of(this.device)):
+            name = f"{LIBRARY_GRAD}, A tile {' '.join(map(str, tile))}"
+            library_grad = functools.partial(tiles.library_grad, True)
+            found[name] = within(call, library_grad, functools.partial(tiles.forced, tile))
     if "cuda" in available_kernels(this):
         backend = functools.partial(ghl.use_backend, "cuda")
         forms = {"cuda": "automatic", "cuda mma": "mma"}
@@ -154,6 +162,10 @@ def _ours(this: Stage, job: Job, call: Run, problem: config.Problem | None) -> d
     if not job.layer.size:
         found["triton library path"] = within(call, functools.partial(tiles.library, True))
     return found
+
+
+def _alone(problem: config.Problem) -> config.Problem:
+    return problem._replace(results=1)
 
 
 def _auto(call: Run, table: dict[str, Any]) -> dict[str, Run]:
@@ -248,20 +260,27 @@ def _rates(job: Job, sample: Timed, floor: float | None, rival: float | None) ->
 
 def _choose(table: dict[str, Any], problem: config.Problem, seconds: dict[str, float]) -> None:
     """Enter the fastest tile, and whether the CUDA kernel or the library is faster still."""
-    by_tile = {name: value for name, value in seconds.items() if name.startswith("tile ")}
-    if not by_tile:
+    fastest = _fastest(seconds, "tile ")
+    if not fastest:
         return
-    fastest = min(by_tile, key=by_tile.__getitem__)
     # the rules come in the order of their weight: the first one to need a shape decides it
     table.setdefault(config._key(problem), [int(part) for part in fastest.split()[1:]])
     # these are asked before it is known where the state will be computed, and from what
     key = config._key(problem._replace(state_here=False, aligned=True, bounded=True))
-    kernels = {"tile": by_tile[fastest]}
+    kernels = {"tile": seconds[fastest]}
+    if apart := _fastest(seconds, LIBRARY_GRAD):
+        table.setdefault(config._key(_alone(problem)), [int(part) for part in apart.split()[4:]])
+        table.setdefault(f"{key}:library_grad", seconds[apart] < kernels["tile"])
+        kernels["tile"] = min(kernels["tile"], seconds[apart])
     if "cuda" in seconds:
         table.setdefault(f"{key}:cuda", seconds["cuda"] < kernels["tile"])
         kernels["cuda"] = seconds["cuda"]
     if "triton library path" in seconds:
         table.setdefault(f"{key}:library", seconds["triton library path"] < min(kernels.values()))
+
+
+def _fastest(seconds: dict[str, float], prefix: str) -> str | None:
+    return min((name for name in seconds if name.startswith(prefix)), key=seconds.__getitem__, default=None)
 
 
 if __name__ == "__main__":

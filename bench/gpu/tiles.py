@@ -56,7 +56,14 @@ def candidate(index: int) -> Iterator[list[int]]:
 @contextlib.contextmanager
 def library(used: bool) -> Iterator[None]:
     """Every product inside is the library's where it can be, or never."""
-    with bypassed(), mock.patch.object(config, "prefers_library", return_value=used):
+    with library_grad(False), mock.patch.object(config, "prefers_library", return_value=used):
+        yield
+
+
+@contextlib.contextmanager
+def library_grad(used: bool) -> Iterator[None]:
+    """Of every pair of a convolution inside, G is the library's, or none is."""
+    with bypassed(), mock.patch.object(config, "leaves_grad_to_library", return_value=used):
         yield
 
 

@@ -62,12 +62,13 @@ def verdicts(documents: dict[str, Document]) -> list[Verdict]:
 def _pair(rows: Rows) -> Iterator[Verdict]:
     """By class of intensity, softmax: the worst layer of the class, each by the best of a backend's forms."""
     rows = [row for row in rows if row["rule"] == "softmax"]
-    any_of_ours = ("configured", "tile", "cuda", "triton", "auto")
+    of_triton = ("configured", "tile", "library G")
+    any_of_ours = (*of_triton, "cuda", "triton", "auto")
     bars: tuple[tuple[str, str, tuple[str, ...], float], ...] = (
         (BELOW, "ours", any_of_ours, 1.6),
         (BETWEEN, "CUDA", ("cuda",), 1.1),
         (ABOVE, "CUDA", ("cuda",), 0.95),
-        (ABOVE, "Triton", ("configured", "tile"), 0.7),
+        (ABOVE, "Triton", of_triton, 0.7),
     )
     for name, whose, prefixes, limit in bars:
         least = _worst(_by_layer(rows, name), prefixes, "times_faster")

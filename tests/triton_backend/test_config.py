@@ -183,6 +183,19 @@ def test_the_library_is_taken_only_where_it_is_as_accurate() -> None:
     assert taken(512, 512, 4, is_conv=False)
 
 
+def test_the_library_makes_the_gradient_where_a_tile_for_both_is_slow() -> None:
+    """In convolutions of many operations per byte, in 16 bits, on the architecture where it was measured."""
+    deephebb3 = Problem(1536, 3456, 384, 1 << 15, 1, 2, 2, makes_y=True, state_here=False)
+    deephebb2 = Problem(384, 864, 96, 1 << 17, 1, 2, 2, makes_y=True, state_here=False)
+    chip = arch.KNOWN["sm_90"]
+    assert config.leaves_grad_to_library(deephebb3, chip)
+    assert not config.leaves_grad_to_library(deephebb2, chip)
+    assert not config.leaves_grad_to_library(deephebb3._replace(itemsize=4), chip)
+    assert not config.leaves_grad_to_library(deephebb3._replace(results=1), chip)
+    for other in ("sm_80", "sm_100", "gfx942"):
+        assert not config.leaves_grad_to_library(deephebb3, arch.KNOWN[other])
+
+
 def test_precision_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 products take one pass of tf32 only where torch's own would."""
     chip = arch.KNOWN["sm_90"]

@@ -15,6 +15,7 @@ from ghl_kernels import _dispatch
 from ghl_kernels._geometry import make_geometry
 from ghl_kernels.backends import cuda
 from ghl_kernels.backends.cuda import operations as cuda_operations
+from ghl_kernels.backends.gpu.layout import patches, responses
 from ghl_kernels.backends.triton import arch, choice, config, measured
 from ghl_kernels.backends.triton.config import Problem, Tile
 from ghl_kernels.backends.triton.operations import OPERATIONS
@@ -57,8 +58,9 @@ def test_a_tile_holds_for_its_shape_only(write: Callable[..., None]) -> None:
 def test_a_verdict_goes_before_the_estimate(write: Callable[..., None], value: bool) -> None:
     assert not config.prefers_library(PROBLEM, CHIP, is_conv=False)
     key = config._key(PROBLEM)
-    write({f"{key}:library": value, f"{key}:cuda": value})
+    write({f"{key}:library": value, f"{key}:library_grad": value, f"{key}:cuda": value})
     assert config.prefers_library(PROBLEM, CHIP, is_conv=False) is value
+    assert config.leaves_grad_to_library(PROBLEM, CHIP) is value
     assert config.prefers_cuda(PROBLEM, CHIP, rows=True) is value
     assert not config.prefers_cuda(PROBLEM, arch.KNOWN["sm_100"], rows=True)
 
@@ -249,3 +251,17 @@ def test_a_alone_and_the_pair_go_to_cuda_by_shape(
     assert shapes == []
     OPERATIONS.linear_sums(x, u, SOFTMAX, "oja")
     assert shapes == [(16, 8)]
+
+
+def test_the_library_makes_no_gradient_that_cuda_makes_beside_the_sums(
+    write: Callable[..., None], cuda_calls: list[str]
+) -> None:
+    _, geometry = make_geometry((1, 1), 1, 0, 1, 1)
+    x, u = torch.zeros(2, 8, 3, 3, dtype=torch.bfloat16), torch.zeros(2, 16, 3, 3, dtype=torch.bfloat16)
+    arguments = patches(x, geometry), responses(u, 1), responses(u, 1)
+    key = config._key(Problem(16, 8, 8, 18, 1, 2, 2, makes_y=True, state_here=False))
+    for cuda_is_faster in (False, True):
+        write({f"{key}:library_grad": True, f"{key}:cuda": cuda_is_faster})
+        assert OPERATIONS.leaves_grad_to_library(*arguments) is not cuda_is_faster
+        with ghl.use_backend("triton"):
+            assert OPERATIONS.leaves_grad_to_library(*arguments)

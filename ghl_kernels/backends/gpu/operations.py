@@ -65,6 +65,10 @@ class Operations(abc.ABC):
     def takes_library(self, x: Patches, units: int, *, pair: bool) -> bool:
         """Whether the library's products are faster than the fused kernel and leave A in float32."""
 
+    def leaves_grad_to_library(self, x: Patches, u: Responses, grad_u: Responses) -> bool:
+        """Whether a convolution is faster as A by the fused kernel, then G by the library."""
+        return False
+
     @abc.abstractmethod
     def l2_bytes(self, device: torch.device) -> int:
         """Size of the cache that y stays in between being written and being read."""
@@ -275,10 +279,25 @@ class Operations(abc.ABC):
         elif self.takes_library(patches(x, geometry), units, pair=grad_u is not None):
             return self._conv_by_library(x, u, grad_u, geometry, competition, decay, moments)
         else:
-            A, G = self._sums(
-                self._patches(x, u, grad_u, geometry), u, grad_u, shape, competition, decay, moments
-            )
+            A, G = self._conv_by_kernel(x, u, grad_u, geometry, shape, competition, decay, moments)
         return A.view(shape), moments, None if G is None else G.view(shape)
+
+    def _conv_by_kernel(
+        self,
+        x: Tensor,
+        u: Tensor,
+        grad_u: Tensor | None,
+        geometry: Geometry,
+        shape: tuple[int, ...],
+        competition: Competition,
+        decay: str,
+        moments: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        taken = self._patches(x, u, grad_u, geometry)
+        if grad_u is None or not self.leaves_grad_to_library(taken, responses(u, 1), responses(grad_u, 1)):
+            return self._sums(taken, u, grad_u, shape, competition, decay, moments)
+        A, _ = self._sums(taken, u, None, shape, competition, decay, moments)
+        return A, self.conv_grad(x, grad_u, geometry)
 
     def _patches(self, x: Tensor, u: Tensor, grad_u: Tensor | None, geometry: Geometry) -> Patches:
         """The patches of x, which is copied where the kernel is faster on other strides or more channels."""

@@ -217,11 +217,30 @@ def prefers_library(problem: Problem, arch: Arch, *, is_conv: bool) -> bool:
     known = measured.verdict(arch.name, _key(problem), "library")
     if known is not None:
         return known
+    return _intensity(problem) > measured.intensity(arch.name, problem.itemsize)
+
+
+def leaves_grad_to_library(problem: Problem, arch: Arch) -> bool:
+    """Whether a convolution in 16 bits is faster as A by a tile of its own, then G by the library.
+
+    The library may round G, not A. At 2600 FLOP per byte the pair's tile reached 298 TFLOP/s on an H100,
+    the library's weight gradient about 520: A's tile has to reach 210 for this to be the faster way.
+    """
+    if problem.itemsize != 2 or problem.results != 2:
+        return False
+    known = measured.verdict(arch.name, _key(problem), "library_grad")
+    if known is not None:
+        return known
+    return arch.has_wgmma and _intensity(problem) > measured.intensity(arch.name, problem.itemsize)
+
+
+def _intensity(problem: Problem) -> float:
+    """FLOP per byte moved."""
     width, rows = problem.groups * problem.units, problem.groups * problem.channels
     flops = 2.0 * problem.results * problem.positions * width * problem.columns
     moved: float = problem.itemsize * problem.positions * (rows + problem.results * width)
     moved += 4.0 * problem.results * width * problem.columns
-    return flops / max(moved, 1.0) > measured.intensity(arch.name, problem.itemsize)
+    return flops / max(moved, 1.0)
 
 
 def prefers_cuda(problem: Problem, arch: Arch, *, rows: bool) -> bool:

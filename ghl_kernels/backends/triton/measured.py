@@ -4,6 +4,7 @@ The file holds a table for each architecture, ``{"sm_90": {...}}``. Its entries,
 
     "<shape>": [64, 256, 64, 8, 3]   the fastest tile: units, columns, positions, warps, stages
     "<shape>:library": true          y written and the library's product are faster than any tile
+    "<shape>:library_grad": true     A by a tile and G by the library are faster than any tile for both
     "<shape>:cuda": true             the CUDA backend's kernel is faster than any tile
     "<competition>:cuda": true       so is its kernel for a competition,
     "depthwise:cuda": true           and for all depthwise layers; likewise "sparse:cuda" and "epilogue:cuda"

@@ -30,16 +30,19 @@ class TritonOperations(Operations):
         competition: Competition,
         shape: tuple[int, ...],
     ) -> tuple[Tensor, Tensor | None]:
-        problem = _problem(x, shape[0], pair=grad_u is not None)
-        rows = all(view.unit_stride == 1 for view in (u, grad_u) if view is not None)
-        prefers_cuda = config.prefers_cuda(problem, arch_of(x.tensor.device), rows=rows)
-        if (prefers_cuda and choice.may_take_cuda(x.tensor)) or self.takes_few_channels(x, u, grad_u):
+        if self._takes_cuda(x, u, grad_u):
             return CUDA_OPERATIONS.correlate(x, u, grad_u, state, competition, shape)
         if state is None and not correlate.makes_state(x, u, grad_u, competition):
             state = self.competing.state(u, competition)
         A, G = correlate.correlate(x, u, grad_u, state, competition, channels=shape[1])
         assert A is not None
         return A.view(shape), None if G is None else G.view(shape)
+
+    def _takes_cuda(self, x: Patches, u: Responses, grad_u: Responses | None) -> bool:
+        problem = _problem(x, u.units, pair=grad_u is not None)
+        rows = all(view.unit_stride == 1 for view in (u, grad_u) if view is not None)
+        prefers_cuda = config.prefers_cuda(problem, arch_of(x.tensor.device), rows=rows)
+        return (prefers_cuda and choice.may_take_cuda(x.tensor)) or self.takes_few_channels(x, u, grad_u)
 
     def correlate_winners(
         self, x: Patches, unit: Tensor, activity: Tensor, grad_u: Responses
@@ -58,6 +61,11 @@ class TritonOperations(Operations):
     def takes_library(self, x: Patches, units: int, *, pair: bool) -> bool:
         problem = _problem(x, units, pair=pair)
         return config.prefers_library(problem, arch_of(x.tensor.device), is_conv=x.dims > 0)
+
+    def leaves_grad_to_library(self, x: Patches, u: Responses, grad_u: Responses) -> bool:
+        problem = _problem(x, u.units, pair=True)
+        leaves_G = config.leaves_grad_to_library(problem, arch_of(x.tensor.device))
+        return leaves_G and not self._takes_cuda(x, u, grad_u)
 
     def l2_bytes(self, device: torch.device) -> int:
         return arch_of(device).l2
