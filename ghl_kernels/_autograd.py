@@ -76,7 +76,11 @@ def make_plan(
     if geometry is not None:
         # the gate then reads all in one order; where no pass adds to the sums, which a leaf keeps contiguous
         follows = needs_grad and not at_step and _dispatch.computes_pairs(weight.device.type)
-        geometry = geometry._replace(by_tap=follows and is_by_tap(weight))
+        # neither _replace() nor a slice, which the compiler of torch 2.8 does not take
+        kernel_size, stride, padding, dilation, groups, _ = geometry
+        geometry = Geometry(
+            kernel_size, stride, padding, dilation, groups, by_tap=follows and is_by_tap(weight)
+        )
     return Plan(
         geometry, units, competition, rule.decay, needs_grad, at_step, is_sparse, keeps, is_pair, is_grad_ours
     )
@@ -133,6 +137,18 @@ def _is_grad_ours(x: Tensor, grad_u: Tensor, plan: Plan) -> bool:
 # The same strides, those of dimensions of size 1 too, from which the library takes the order of its result;
 # view_as makes them anew.
 _alias = torch.ops.aten.alias.default
+
+
+_LOSES_HOOKS = torch.__version__ < "2.10"  # by version, not by letter
+
+
+def saveable(weight: Tensor) -> Tensor:
+    """The weight as functions may save it and keep its hooks.
+
+    torch before 2.10 forgets a leaf's hooks where an autograd function reads the leaf from what a checkpoint,
+    or any other saved_tensors_hooks, has saved.
+    """
+    return _alias(weight) if _LOSES_HOOKS and not torch.compiler.is_compiling() else weight
 
 
 class _Final(torch.autograd.Function):
@@ -244,7 +260,7 @@ class LayerFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_u: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_u is None:
             return (None,) * 6
-        saved = _saved(ctx, "of GateFunction is a view")
+        saved = _saved(ctx, "of GateFunction")
         with torch.no_grad():
             results = LayerFunction._backward(ctx, grad_u, *saved)
         return *_final(results, grad_u, *saved), None

@@ -8,7 +8,7 @@ processes. This is exact where a row's decay needs that row alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -202,9 +202,18 @@ def _records(model: nn.Module) -> dict[int, Any]:
     It alone knows which sharded weight a gathered one is made of.
     """
     states = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
-    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", ())]
+    groups = [group for state in states for group in _groups(state)]
     records = [record for group in groups for record in group.fsdp_params]
     return {id(record.sharded_param): record for record in records}
+
+
+def _groups(state: Any) -> Iterable[Any]:
+    """What one call of fully_shard keeps; before torch 2.12 that was one group or none."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        group = getattr(state, "_fsdp_param_group", None)
+        return () if group is None else (group,)
+    return groups
 
 
 def gated(

@@ -67,8 +67,9 @@ def _versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {
         "ghl_kernels": ghl_kernels.__version__,
         "python": platform.python_version(),
+        "torch": str(torch.__version__),  # its metadata need not say which build it is
     }
-    for package in ("torch", "triton", "numpy"):
+    for package in ("triton", "numpy"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

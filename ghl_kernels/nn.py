@@ -18,7 +18,7 @@ from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
 from ghl_kernels import _check
-from ghl_kernels._autograd import GateFunction, LayerFunction, Plan, apply, make_plan, sums
+from ghl_kernels._autograd import GateFunction, LayerFunction, Plan, apply, make_plan, saveable, sums
 from ghl_kernels._geometry import Geometry, make_geometry
 from ghl_kernels._processes import is_sharded
 from ghl_kernels.backends.eager import moments_size
@@ -248,7 +248,7 @@ class GHLLayer(nn.Module, abc.ABC):
                     "StepGate(optimizer, model) before the first forward pass (copies and unpickled layers "
                     "need one of their own), or use gate_at='backward'"
                 )
-            return self.weight, *self._attachment.leaves()
+            return saveable(self.weight), *self._attachment.leaves()
         _warn_if_distributed(
             "gate_at='backward' gates each rank's gradient on its own, which is not the rule on the whole "
             "batch; with several processes use gate_at='step' and a StepGate"
@@ -260,7 +260,7 @@ class GHLLayer(nn.Module, abc.ABC):
             tuple[Tensor, Tensor, Tensor],
             apply(
                 GateFunction,
-                self.weight,
+                saveable(self.weight),
                 dtype,
                 size,
                 groups,
@@ -504,7 +504,8 @@ def _refuse_compilers() -> None:
         config: Any = torch._dynamo.config
     else:  # not loaded by everyone
         config = sys.modules.get("torch._dynamo.config")
-    if torch.compiler.is_exporting():
+    # not by is_exporting(), which the compiler of torch 2.8 takes for True
+    if torch.compiler._is_exporting_flag:
         raise RuntimeError(
             "torch.export of a GHL layer in training would leave a program that does not train it; call "
             "eval() first, and the layer is exported as its torch layer"

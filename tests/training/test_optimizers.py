@@ -186,6 +186,7 @@ def test_optimizer_steps_inside_the_backward_pass() -> None:
     run.assert_equal()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="the sums come first there (see _autograd.saveable)")
 def test_step_inside_the_backward_pass_comes_too_early_for_step_mode() -> None:
     """The sums may not be there yet; a step on the plain gradient is refused."""
     model = ghl.convert(small_network(), gate_at="step")
