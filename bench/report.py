@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.interleave import Spread
+from ghl_kernels.demo.output import replacing
 
 FORMAT = 2  # of the JSON documents
 
@@ -165,9 +166,8 @@ def write_json(
         "rows": [row.to_json() for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 class Document:

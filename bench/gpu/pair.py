@@ -10,6 +10,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,11 @@ class Job(NamedTuple):
         return RULES[self.rule_name]
 
     @property
+    def can_split(self) -> bool:
+        """Whether G may be the library's beside A by a tile."""
+        return self.product == "pair" and self.layer.size > 0
+
+    @property
     def operations(self) -> int:
         return self.layer.operations if self.product == "pair" else self.layer.operations // 2
 
@@ -93,7 +99,7 @@ def calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
     """Every call with every tile: what has to be compiled."""
     for job in jobs(dry):
         call = _call(job, [job.layer.tensors(device, DTYPE)])
-        for used in (False, True) if job.product == "pair" else (False,):
+        for used in (False, True) if job.can_split else (False,):
             with tiles.library_grad(used):
                 for context in tiles.every_candidate(lambda call=call: call(0)):
                     with context:
@@ -143,15 +149,16 @@ def _call(job: Job, tensors: list[Tensors]) -> Run:
 def _ours(this: Stage, job: Job, call: Run, problem: config.Problem | None) -> dict[str, Run]:
     """The configured call, every tile, the CUDA kernels, and the library path where it is as accurate."""
     found: dict[str, Run] = {"configured": call}
-    kernel = functools.partial(tiles.library, False)
-    for tile in config.candidates(problem, architectures.of(this.device)) if problem else ():
-        name = f"tile {' '.join(map(str, tile))}"
-        found[name] = within(call, kernel, functools.partial(tiles.forced, tile))
-    if problem is not None and job.product == "pair" and job.layer.size:
-        for tile in config.candidates(_alone(problem), architectures.of(this.device)):
-            name = f"{LIBRARY_GRAD}, A tile {' '.join(map(str, tile))}"
-            library_grad = functools.partial(tiles.library_grad, True)
-            found[name] = within(call, library_grad, functools.partial(tiles.forced, tile))
+
+    def add_tiles(prefix: str, asked: config.Problem, context: Callable[[], AbstractContextManager]) -> None:
+        for tile in config.candidates(asked, architectures.of(this.device)):
+            name = f"{prefix}tile {' '.join(map(str, tile))}"
+            found[name] = within(call, context, functools.partial(tiles.forced, tile))
+
+    if problem is not None:
+        add_tiles("", problem, functools.partial(tiles.library, False))
+    if problem is not None and job.can_split:
+        add_tiles(f"{LIBRARY_GRAD}, A ", _alone(problem), functools.partial(tiles.library_grad, True))
     if "cuda" in available_kernels(this):
         backend = functools.partial(ghl.use_backend, "cuda")
         forms = {"cuda": "automatic", "cuda mma": "mma"}

@@ -18,6 +18,7 @@ import torch
 
 import ghl_kernels as ghl
 from bench.gpu import cuda_form
+from ghl_kernels.demo.output import replacing
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 KERNELS = ("triton", "cuda")
@@ -192,9 +193,8 @@ def _interpret_bfloat16() -> None:
 
 def write_json(path: pathlib.Path, document: object) -> None:
     """Write strict JSON in one step: a reader sees the old document or the new one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
