@@ -39,6 +39,20 @@ def test_a_unit_that_is_hardly_active(backend: str, kind: str, rule: HebbianRule
     assert error.max() < (4e-3 if dtype == torch.float16 else 3e-2)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-5, 3e-7])
+@pytest.mark.parametrize("units", [32, 200])
+def test_float16_at_low_temperature(backend: str, units: int, temperature: float) -> None:
+    """One unit is active, by exactly 1, where u / temperature is rounded by more than 1."""
+    torch.manual_seed(0)
+    x, u, w = torch.randn(64, 16), torch.randn(64, units), torch.randn(units, 16)
+    u[:, 3] = torch.linspace(30, 60, 64)
+    x, u, w = x.half(), u.half(), w.half()
+    rule = HebbianRule(temperature=temperature)
+    expected = reference.linear_delta(x.double(), u.double(), w.double(), rule)
+    actual = functional.linear_delta(x, u, w, rule)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(5, 0), (0, 0), (2, 0, 3, 3)])
 def test_no_units(backend: str, shape: tuple[int, ...]) -> None:
     for rule in (HebbianRule(), HebbianRule(activity="relu")):

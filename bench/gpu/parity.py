@@ -220,7 +220,7 @@ def _is_first(layer: Layer) -> bool:
 
 def repeated(layer: Layer, small: bool) -> tuple[str, ...]:
     """The rules by which a layer's repeatability is checked."""
-    rules = MAIN_RULES[: 1 if small else None]
+    rules = MAIN_RULES[:1] if small else (*MAIN_RULES, "instar")  # whose moments are made and added to
     return rules + LIST_RULES[: 1 if small else None] if _is_first(layer) else rules
 
 

@@ -1,7 +1,10 @@
 // y = c(u) from u and the state of its position, the device function that every kernel shares.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/device.cuh"
+#include "cuda/dtype.cuh"
 #include "cuda/ptx.cuh"
 #include "ghl/compete.h"
 
@@ -13,7 +16,15 @@ struct Competition {
   bool selects = false;  // only winners are active
   bool anti = false;     // every unit but the single largest is negated
   float scale = 1.0f;    // 1 / temperature
+  float lift = 1.0f;     // see lifted()
 };
+
+// y, or a factor of it, as a product takes it that rounds y to T.
+template <class T>
+__device__ __forceinline__ float lifted(float y, const Competition& competition) {
+  if constexpr (std::is_same_v<T, f16>) return y * competition.lift;
+  return y;
+}
 
 // u where a unit wins and 0 elsewhere.
 __device__ __forceinline__ bool copies_winners(const Competition& competition) {

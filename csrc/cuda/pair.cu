@@ -42,6 +42,9 @@ Status check(const PairParams& params, PairForm form) {
     const std::string name = params.form == PairForm::wgmma ? "wgmma" : "narrow";
     return failure("the " + name + " form does not take this shape on this device");
   }
+  if (params.lift != 1.0f && (params.dtype != DType::f16 || params.winners > 0)) {
+    return failure("only activities that are rounded to float16 are made larger");
+  }
   if (params.winners > 0 && form != PairForm::narrow) {
     return failure("lists of winners are for the narrow form, and not in every shape");
   }

@@ -135,7 +135,8 @@ struct PatchIndex {
       in_size[d] = static_cast<int32_t>(geometry.in_size[d]);
       step[d] = static_cast<int32_t>(geometry.stride[d]);
       padding[d] = static_cast<int32_t>(geometry.padding[d]);
-      dilation[d] = static_cast<int32_t>(geometry.dilation[d]);
+      // of a kernel of size 1 it means nothing, and may be of any size
+      dilation[d] = geometry.kernel[d] > 1 ? static_cast<int32_t>(geometry.dilation[d]) : 1;
       // of a dimension of size 1 it means nothing, and its multiples need not be aligned
       stride[d] = in_size[d] > 1 ? scale * params.x_stride[d] : 0;
     }

@@ -68,7 +68,7 @@ KernelParams kernel_params(const PairParams& params, const PairPlan& plan) {
           x_has_vectors(params, vector),
           {first, second},
           one,
-          {params.activity, params.selects, params.anti, 1.0f / params.temperature},
+          {params.activity, params.selects, params.anti, 1.0f / params.temperature, params.lift},
           {params.threshold, params.cut, params.logsumexp, params.first},
           params.activity == Activity::softmax && !params.selects && !params.anti,
           pair_mma_makes_state(params),
@@ -125,10 +125,11 @@ Status pair_mma(const PairParams& params, const DeviceInfo& info, Stream stream)
   const PairPlan plan = plan_of(params, info);
   if (plan.stages == 0)
     return Status::failure(pair_shape(params) + ": the device's shared memory is too small");
-  const int64_t positions = plan.parts > 1 && plan.whole_tiles == 0
-                                ? plan.part_steps * pair_positions(itemsize_of(params.dtype))
-                                : params.geometry.positions();
-  if (plan.blocks() > kMostBlocks || positions > std::numeric_limits<int32_t>::max()) {
+  const int step = pair_positions(itemsize_of(params.dtype));
+  const int64_t positions =
+      plan.parts > 1 && plan.whole_tiles == 0 ? plan.part_steps * step : params.geometry.positions();
+  // less by a step, since a block rounds up to whole ones
+  if (plan.blocks() > kMostBlocks || positions > std::numeric_limits<int32_t>::max() - step) {
     return Status::failure(pair_shape(params) + ": too many tiles, or positions of one of them");
   }
   if (plan.parts > 1 && !params.workspace) return Status::failure(pair_shape(params) + ": no workspace");

@@ -85,6 +85,8 @@ __device__ __forceinline__ void make_activities_by(const Block<C>& block, int h,
         y[e] = activity_of(y[e], block.group * params.units + in_group, at, competition);
       }
     }
+#pragma unroll
+    for (float& activity : y) activity = lifted<typename C::Element>(activity, competition);
     store_chunk<C>(address, y);
   }
 }

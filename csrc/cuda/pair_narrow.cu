@@ -47,7 +47,7 @@ KernelParams kernel_params(const PairParams& params, const NarrowPlan& plan) {
           params.a ? pair_results(params) - 1 : -1,
           pair_results(params) - (winners > 0),
           static_cast<int32_t>(params.units),
-          {params.activity, params.selects, params.anti, 1.0f / params.temperature},
+          {params.activity, params.selects, params.anti, 1.0f / params.temperature, params.lift},
           fields_of(params),
           winners,
           !params.a || needs_only_softmax(params),

@@ -40,12 +40,13 @@ __device__ __forceinline__ uint4 without_missing(uint4 chunk, int units) {
 // may be the last of the row, and those after it missing: whatever is `elsewhere` is read in their place.
 template <class C, int kRowLanes, int kVectors>
 __device__ __forceinline__ void softmax_of_chunks(char* row, const char* elsewhere, int first_chunk,
-                                                  int units, float scale) {
+                                                  int units, const Competition& competition) {
   constexpr float kLog2e = 1.4426950408889634f;
   // Where the rounding of a product with log2(e), which all units have in common, is more than a small
   // factor.
   constexpr float kFar = 1e6f;
   using Kind = typename C::Kind;
+  const float scale = competition.scale;
   uint4 chunks[kVectors] = {};
   uint32_t tops = Kind::kLowest << 16 | Kind::kLowest;
 #pragma unroll
@@ -78,7 +79,8 @@ __device__ __forceinline__ void softmax_of_chunks(char* row, const char* elsewhe
       sums[e % 2] += y[i][e];
     }
   }
-  const float share = __fdividef(1.0f, warp_sum<kRowLanes>(sums[0] + sums[1]));
+  const float total = warp_sum<kRowLanes>(sums[0] + sums[1]);
+  const float share = lifted<typename Kind::Element>(__fdividef(1.0f, total), competition);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int chunk = first_chunk + i * kRowLanes;
@@ -103,6 +105,8 @@ __device__ __forceinline__ void activities_of_chunks(char* row, int first_chunk,
 #pragma unroll
       for (int e = 0; e < kVector; ++e) y[e] = activity_of(y[e], kVector * chunk + e, at, params.competition);
     }
+#pragma unroll
+    for (float& activity : y) activity = lifted<typename C::Kind::Element>(activity, params.competition);
     store_chunk<C>(row + 16 * chunk, y);
   }
 }
@@ -135,7 +139,7 @@ template <class C, int kRowLanes>
 __device__ __forceinline__ void activities_of_row(const Block& block, int step, char* row, int index) {
   const KernelParams& params = block.params;
   const int first_chunk = block.thread_modulo(kRowLanes), units = params.units;
-  const float scale = params.competition.scale;
+  const Competition& competition = params.competition;
   const char* elsewhere = reinterpret_cast<const char*>(block.taps());
   const State* const state = block.states(step) + index;
   if (params.winners > 0) {
@@ -144,13 +148,13 @@ __device__ __forceinline__ void activities_of_row(const Block& block, int step, 
   } else if (!params.state_here) {
     activities_of_chunks<C, kRowLanes>(row, first_chunk, *state, params);
   } else if constexpr (kRowLanes == 8) {
-    softmax_of_chunks<C, 8, 2>(row, elsewhere, first_chunk, units, scale);
+    softmax_of_chunks<C, 8, 2>(row, elsewhere, first_chunk, units, competition);
   } else if (units <= 32) {
-    softmax_of_chunks<C, 4, 1>(row, elsewhere, first_chunk, units, scale);
+    softmax_of_chunks<C, 4, 1>(row, elsewhere, first_chunk, units, competition);
   } else if (units <= 64) {
-    softmax_of_chunks<C, 4, 2>(row, elsewhere, first_chunk, units, scale);
+    softmax_of_chunks<C, 4, 2>(row, elsewhere, first_chunk, units, competition);
   } else if constexpr (C::kDown != 4) {  // which 65 to 96 units do not take
-    softmax_of_chunks<C, 4, 3>(row, elsewhere, first_chunk, units, scale);
+    softmax_of_chunks<C, 4, 3>(row, elsewhere, first_chunk, units, competition);
   }
 }
 

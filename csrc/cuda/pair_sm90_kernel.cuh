@@ -240,14 +240,15 @@ __device__ __forceinline__ float2 unpack(uint32_t bits) {
 
 // softmax over all units, where nothing else is asked for.
 struct SoftmaxActivity {
-  float scale;
+  Competition competition;
 
   template <class T>
   __device__ __forceinline__ uint32_t pair(const unsigned char* states, uint32_t bits, int32_t,
                                            int position) const {
     const float2 u = unpack<T>(bits);
     const float2 logsumexp = reinterpret_cast<const float2*>(states + 2 * kStateBytes)[position / 2];
-    return pack(softmax_of(u.x, scale, logsumexp.x), softmax_of(u.y, scale, logsumexp.y), T{});
+    return pack(lifted<T>(softmax_of(u.x, competition.scale, logsumexp.x), competition),
+                lifted<T>(softmax_of(u.y, competition.scale, logsumexp.y), competition), T{});
   }
 };
 
@@ -261,8 +262,9 @@ struct AnyActivity {
     const float2 threshold = numbers<float2>(states, 0, position),
                  logsumexp = numbers<float2>(states, 2, position);
     const int2 cut = numbers<int2>(states, 1, position), first = numbers<int2>(states, 3, position);
-    return pack(activity_of(u.x, unit, {threshold.x, cut.x, logsumexp.x, first.x}, competition),
-                activity_of(u.y, unit, {threshold.y, cut.y, logsumexp.y, first.y}, competition), T{});
+    const float low = activity_of(u.x, unit, {threshold.x, cut.x, logsumexp.x, first.x}, competition);
+    const float high = activity_of(u.y, unit, {threshold.y, cut.y, logsumexp.y, first.y}, competition);
+    return pack(lifted<T>(low, competition), lifted<T>(high, competition), T{});
   }
 
   template <class Two>
@@ -526,7 +528,7 @@ __device__ __forceinline__ void consume_piece(const PairSm90& params, const unsi
   if (!params.is_activity[consumer]) {
     multiply_gradient<T>(d, stages, consumer);
   } else if (is_plain_softmax(competition)) {
-    multiply(SoftmaxActivity{competition.scale});
+    multiply(SoftmaxActivity{competition});
   } else {
     multiply(AnyActivity{competition});
   }

@@ -294,7 +294,7 @@ inline PairSm90 kernel_params(const PairParams& from, const Plan& plan) {
   params.positions = static_cast<int32_t>(from.geometry.positions());
   params.units = static_cast<int32_t>(from.units);
   params.result_channels = static_cast<int32_t>(from.result_channels);
-  params.competition = {from.activity, from.selects, from.anti, 1.0f / from.temperature};
+  params.competition = {from.activity, from.selects, from.anti, 1.0f / from.temperature, from.lift};
   params.is_activity[0] = wants_a(from);
   params.is_activity[1] = !wants_g(from);
   for (int i = 0; i < kConsumers; ++i) {

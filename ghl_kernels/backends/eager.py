@@ -374,7 +374,7 @@ def new_moments(
     if size == 1:
         return torch.full((1,), positions, dtype=dtype, device=device)
     moments = torch.zeros(size, dtype=dtype, device=device)
-    moments[-1] = positions
+    moments[-1].fill_(positions)  # an assignment copies a number from the host, which waits for the GPU
     return moments
 
 

@@ -18,7 +18,7 @@ inline PairParams pair_params(int64_t batch, int64_t channels, int64_t groups, c
                               uintptr_t x, int64_t x_stride_batch, int64_t x_stride_channel,
                               const Triple& x_stride, int64_t units, uintptr_t u, const Quadruple& u_layout,
                               uintptr_t grad, const Quadruple& grad_layout, int activity, bool selects,
-                              bool anti, float temperature, uintptr_t threshold, uintptr_t cut,
+                              bool anti, float temperature, float lift, uintptr_t threshold, uintptr_t cut,
                               uintptr_t logsumexp, uintptr_t first, uintptr_t winner_unit,
                               uintptr_t winner_activity, int64_t winners, uintptr_t a, uintptr_t g,
                               const Triple& result_layout, int64_t result_channels, uintptr_t workspace,
@@ -38,6 +38,7 @@ inline PairParams pair_params(int64_t batch, int64_t channels, int64_t groups, c
   params.selects = selects;
   params.anti = anti;
   params.temperature = temperature;
+  params.lift = lift;
   params.threshold = pointer<const float>(threshold);
   params.cut = pointer<const int32_t>(cut);
   params.logsumexp = pointer<const float>(logsumexp);
@@ -65,9 +66,10 @@ void define_pair_call(py::module_& module, const char* name, Call call) {
               "dilation"_a = ones, "dtype"_a, "tf32"_a = false, "x"_a, "x_stride_batch"_a,
               "x_stride_channel"_a, "x_stride"_a = zeros, "units"_a, "u"_a = 0, "u_layout"_a = no_layout,
               "grad"_a = 0, "grad_layout"_a = no_layout, "activity"_a = 0, "selects"_a = false,
-              "anti"_a = false, "temperature"_a = 1.0f, "threshold"_a = 0, "cut"_a = 0, "logsumexp"_a = 0,
-              "first"_a = 0, "winner_unit"_a = 0, "winner_activity"_a = 0, "winners"_a = 0, "a"_a = 0,
-              "g"_a = 0, "result_layout"_a, "result_channels"_a = 1, "workspace"_a = 0, "form"_a = 0);
+              "anti"_a = false, "temperature"_a = 1.0f, "lift"_a = 1.0f, "threshold"_a = 0, "cut"_a = 0,
+              "logsumexp"_a = 0, "first"_a = 0, "winner_unit"_a = 0, "winner_activity"_a = 0, "winners"_a = 0,
+              "a"_a = 0, "g"_a = 0, "result_layout"_a, "result_channels"_a = 1, "workspace"_a = 0,
+              "form"_a = 0);
 }
 
 }  // namespace ghl::binding

@@ -393,6 +393,8 @@ def test_failures_name_the_shape(cuda: ModuleType) -> None:
         cuda.pair(**arguments)
     with pytest.raises(RuntimeError, match=f"{shape}: the wgmma form does not take this shape"):
         cuda.pair(**arguments, form=2)
+    with pytest.raises(RuntimeError, match=f"{shape}: only activities that are rounded to float16"):
+        cuda.pair(**arguments, lift=2.0)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -532,6 +534,8 @@ FEW_COLUMNS = [
     (2, 16, (90,), Geometry((20,), (3,), (10,), (1,), 1)),
     (2, 33, (3, 4, 5), Geometry((2, 3, 2), (1, 2, 1), (1, 0, 1), (2, 1, 1), 1)),
     (3, 100, (5, 5), DEEPHEBB),
+    # the dilation of a kernel of size 1 means nothing
+    (3, 8, (6, 9), Geometry((1, 5), (1, 1), (1, 2), (2**32, 1), 1)),
 ]
 
 

@@ -192,6 +192,8 @@ def test_the_library_makes_the_gradient_where_a_tile_for_both_is_slow() -> None:
     assert not config.leaves_grad_to_library(deephebb2, chip)
     assert not config.leaves_grad_to_library(deephebb3._replace(itemsize=4), chip)
     assert not config.leaves_grad_to_library(deephebb3._replace(results=1), chip)
+    # A alone from u in NCHW has no tile with wgmma
+    assert not config.leaves_grad_to_library(deephebb3._replace(aligned=False), chip)
     for other in ("sm_80", "sm_100", "gfx942"):
         assert not config.leaves_grad_to_library(deephebb3, arch.KNOWN[other])
 

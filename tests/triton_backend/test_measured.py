@@ -257,7 +257,8 @@ def test_the_library_makes_no_gradient_that_cuda_makes_beside_the_sums(
     write: Callable[..., None], cuda_calls: list[str]
 ) -> None:
     _, geometry = make_geometry((1, 1), 1, 0, 1, 1)
-    x, u = torch.zeros(2, 8, 3, 3, dtype=torch.bfloat16), torch.zeros(2, 16, 3, 3, dtype=torch.bfloat16)
+    last = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
+    x, u = (torch.zeros(2, channels, 3, 3).to(**last) for channels in (8, 16))
     arguments = patches(x, geometry), responses(u, 1), responses(u, 1)
     key = config._key(Problem(16, 8, 8, 18, 1, 2, 2, makes_y=True, state_here=False))
     for cuda_is_faster in (False, True):

@@ -45,6 +45,9 @@ struct PairParams {
   bool selects = false;  // only winners are active
   bool anti = false;
   float temperature = 1.0f;
+  // A power of two: y, and with it A, comes out so many times as large. For float16, which holds no activity
+  // of a softmax below 3e-8, and few bits of those below 6e-5.
+  float lift = 1.0f;
   // The state of every position, [positions], as compete_cuda writes it: those that the activity needs.
   // All null: a softmax over all units, whose state the kernel computes itself.
   const float* threshold = nullptr;

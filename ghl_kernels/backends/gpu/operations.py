@@ -18,7 +18,7 @@ from ghl_kernels._geometry import Geometry
 from ghl_kernels.backends import eager
 from ghl_kernels.backends.gpu.jobs import Job
 from ghl_kernels.backends.gpu.layout import FEW_CHANNELS, Patches, Responses, patches, responses
-from ghl_kernels.backends.gpu.state import State, lifted, lifts, lower_
+from ghl_kernels.backends.gpu.state import State, lift_of
 from ghl_kernels.rule import Competition
 
 # y is written, and read back by the library, in pieces of this part of L2.
@@ -230,7 +230,7 @@ class Operations(abc.ABC):
             zeros = x.new_zeros(shape, dtype=torch.float32)
             return zeros, moments, None if grad_u is None else zeros.clone()
         by_library = self.takes_library(patches(x, None), shape[0], pair=grad_u is not None)
-        if by_library and not lifts(x.dtype, competition):
+        if by_library and lift_of(x.dtype, competition) == 1.0:
             return self._linear_by_library(x, u, grad_u, competition, decay, moments)
         rows = _padded(_unit_stride(x), 1)
         A, G = self._sums(patches(rows, None), u, grad_u, shape, competition, decay, moments)
@@ -360,14 +360,10 @@ class Operations(abc.ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """A and G by the fused kernel; the moments are added to."""
         view = responses(u, 1)
-        is_lifted = lifts(u.dtype, competition)
-        state = self.competing.state(view, competition) if is_lifted or decay == "instar" else None
+        state = self.competing.state(view, competition) if decay == "instar" else None
         self._add_moments(moments, None, u, 1, x.groups, competition, decay, state)
         grad = None if grad_u is None else responses(grad_u, 1)
-        if not is_lifted or state is None:
-            return self.correlate(x, view, grad, state, competition, shape)
-        A, G = self.correlate(x, view, grad, lifted(state), competition, shape)
-        return lower_(A), G
+        return self.correlate(x, view, grad, state, competition, shape)
 
     def _add_moments(
         self,

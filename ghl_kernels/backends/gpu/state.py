@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -23,31 +22,18 @@ class State(NamedTuple):
     first: Tensor | None  # unit of the largest u, lowest index of equals
 
 
-# float16 holds no activity of a softmax below 3e-8, and few bits of those below 6e-5, which may be all that a
-# unit has. They are made 2^14 times as large, by a logsumexp that is as much smaller: half a rounding of
-# float32.
-_LIFT = 14
-
-
 def holds_activities(dtype: torch.dtype) -> bool:
     """Whether a kernel that rounds them to ``dtype`` loses no small ones."""
     return dtype != torch.float16
 
 
-def lifts(dtype: torch.dtype, competition: Competition) -> bool:
-    """Whether a kernel that rounds y to ``dtype`` should see :func:`lifted` activities."""
-    return not holds_activities(dtype) and competition.activity == "softmax"
+def lift_of(dtype: torch.dtype, competition: Competition) -> float:
+    """What a kernel that rounds y to ``dtype`` should multiply it by before, and divide A by.
 
-
-def lifted(state: State) -> State:
-    """The state of activities that are 2^14 times as large."""
-    assert state.logsumexp is not None
-    return state._replace(logsumexp=state.logsumexp - _LIFT * math.log(2.0))
-
-
-def lower_(A: Tensor) -> Tensor:
-    """A of lifted activities becomes that of the activities."""
-    return A.mul_(2.0**-_LIFT)
+    float16 holds no activity of a softmax below 3e-8, and few bits of those below 6e-5, which may be all that
+    a unit has. A power of two, so that nothing else is rounded.
+    """
+    return 1.0 if holds_activities(dtype) or competition.activity != "softmax" else 2.0**14
 
 
 def needs(competition: Competition) -> tuple[bool, bool, bool, bool]:

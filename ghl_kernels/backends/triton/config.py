@@ -25,6 +25,7 @@ _LEAST_STEPS = 8
 # Units of a tile that is no larger for its state. One that held 96 units took 4 times as long on an H100 as a
 # launch for the state and the product together.
 _STATE_HERE_UNITS = 64
+_WGMMA_UNITS = 64  # of a tile whose products are by wgmma
 _LEAST_CHANNELS = 32  # of a layer that the CUDA backend's kernel for Hopper takes
 
 
@@ -99,7 +100,7 @@ def candidates(problem: Problem, arch: Arch) -> Iterator[Tile]:
 
 
 def _wgmma_candidates(problem: Problem) -> Iterator[Tile]:
-    """sm_90, 16 bits. Fewer than 64 units a tile use mma.sync; narrow tiles with wgmma are serialized.
+    """sm_90, 16 bits. Tiles of fewer than _WGMMA_UNITS use mma.sync; narrow tiles with wgmma are serialized.
 
     In Triton 3.6 so is every tile of 64 units whose y is alone and from strided u, and many with a y that has
     no state to bound it (C7515). Offsets of 64 bits leave two such accumulators too few registers.
@@ -224,14 +225,17 @@ def leaves_grad_to_library(problem: Problem, arch: Arch) -> bool:
     """Whether a convolution in 16 bits is faster as A by a tile of its own, then G by the library.
 
     The library may round G, not A. At 2600 FLOP per byte the pair's tile reached 298 TFLOP/s on an H100,
-    the library's weight gradient about 520: A's tile has to reach 210 for this to be the faster way.
+    the library's weight gradient about 520: A's tile has to reach 210 for this to be the faster way, which
+    no tile without wgmma does.
     """
     if problem.itemsize != 2 or problem.results != 2:
         return False
     known = measured.verdict(arch.name, _key(problem), "library_grad")
     if known is not None:
         return known
-    return arch.has_wgmma and _intensity(problem) > measured.intensity(arch.name, problem.itemsize)
+    if not arch.has_wgmma or _intensity(problem) <= measured.intensity(arch.name, problem.itemsize):
+        return False
+    return tile(problem._replace(results=1), arch).units >= _WGMMA_UNITS
 
 
 def _intensity(problem: Problem) -> float:

@@ -63,7 +63,8 @@ class TritonOperations(Operations):
         return config.prefers_library(problem, arch_of(x.tensor.device), is_conv=x.dims > 0)
 
     def leaves_grad_to_library(self, x: Patches, u: Responses, grad_u: Responses) -> bool:
-        problem = _problem(x, u.units, pair=True)
+        aligned = correlate.unit_vector(u, grad_u, u.units // x.groups) > 1
+        problem = _problem(x, u.units, pair=True)._replace(aligned=aligned)
         leaves_G = config.leaves_grad_to_library(problem, arch_of(x.tensor.device))
         return leaves_G and not self._takes_cuda(x, u, grad_u)
 

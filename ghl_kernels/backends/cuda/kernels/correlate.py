@@ -23,7 +23,7 @@ from ghl_kernels.backends.cuda.kernels.arguments import (
 from ghl_kernels.backends.gpu.layout import Patches, Responses, new_sum, sum_strides, three
 from ghl_kernels.backends.gpu.memory import workspace
 from ghl_kernels.backends.gpu.precision import allows_tf32
-from ghl_kernels.backends.gpu.state import State
+from ghl_kernels.backends.gpu.state import State, lift_of
 from ghl_kernels.rule import Competition
 
 FORM = {"automatic": 0, "mma": 1, "wgmma": 2, "narrow": 3}
@@ -79,7 +79,10 @@ def correlate(
     A = new_sum(x, some.units, channels) if u else None
     G = new_sum(x, some.units, channels) if grad else None
     arguments = _arguments(x, u, grad, competition, channels, form)
-    _queue(x, some, {**arguments, **state_arguments(state), "a": A, "g": G})
+    lift = lift_of(x.tensor.dtype, competition) if A is not None else 1.0
+    _queue(x, some, {**arguments, **state_arguments(state), "lift": lift, "a": A, "g": G})
+    if A is not None and lift != 1.0:
+        A.mul_(1.0 / lift)
     return A, G
 
 

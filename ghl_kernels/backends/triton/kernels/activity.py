@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import triton
@@ -15,7 +16,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def constants(competition: Competition) -> dict[str, Any]:
     """The arguments of a kernel that calls :func:`activities`, by name."""
     return {
-        "scale": 1.0 / competition.temperature,
+        # of the float32 number, as CUDA's kernels have it: they may have made the state
+        "scale": 1.0 / ctypes.c_float(competition.temperature).value,
         "ACTIVITY": competition.activity,
         "SELECTS": competition.winners > 0,
         "ANTI": competition.anti,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ghl_kernels.backends.gpu.layout import VECTOR, Patches, Responses, is_long
 from ghl_kernels.backends.gpu.memory import workspace
-from ghl_kernels.backends.gpu.state import State
+from ghl_kernels.backends.gpu.state import State, lift_of
 from ghl_kernels.backends.triton import config
 from ghl_kernels.backends.triton.arch import of as arch_of
 from ghl_kernels.backends.triton.kernels import compete
@@ -87,6 +87,7 @@ def correlate_kernel(
     ACTIVITY: tl.constexpr,
     SELECTS: tl.constexpr,
     ANTI: tl.constexpr,
+    LIFT: tl.constexpr,
     STATE_HERE: tl.constexpr,
     DIMS: tl.constexpr,
     WITHIN_TAP: tl.constexpr,
@@ -199,12 +200,16 @@ def correlate_kernel(
                 y = activities(
                     u, unit[None, :], threshold, cut, logsumexp, first, scale, ACTIVITY, SELECTS, ANTI
                 )
+            if LIFT != 1.0:
+                y *= LIFT
             a = tl.dot(tl.trans(y.to(x.dtype)), x, a, input_precision=PRECISION)
 
     row = ((part * groups + group) * units + n).to(tl.int64)
     offset = row[:, None] * columns + column[None, :]
     in_tile = in_units[:, None] & in_columns[None, :]
     if a_ptr is not None:
+        if LIFT != 1.0:
+            a *= 1.0 / LIFT
         tl.store(a_ptr + offset, a, mask=in_tile)
     if g_ptr is not None:
         tl.store(g_ptr + offset, g, mask=in_tile)
@@ -256,7 +261,7 @@ def correlate(
         results=(u is not None) + (grad is not None),
         makes_y=u is not None,
         state_here=here,
-        aligned=_unit_vector(u, grad, some.units // x.groups) > 1,
+        aligned=unit_vector(u, grad, some.units // x.groups) > 1,
         bounded=competition.activity == "softmax" or competition.winners > 0,
         long=_is_long(x, u, grad),
     )
@@ -288,6 +293,7 @@ def correlate(
         channels=x.channels // x.vector,
         columns=columns // x.vector,
         **constants(competition),
+        LIFT=lift_of(x.tensor.dtype, competition),
         STATE_HERE=problem.state_here,
         WITHIN_TAP=config.within_tap(problem, tile),
         LONG=problem.long,
@@ -311,7 +317,7 @@ def makes_state(x: Patches, u: Responses, grad: Responses | None, competition: C
     """
     if _is_long(x, u, grad):
         return False
-    aligned = _unit_vector(u, grad, u.units // x.groups) > 1
+    aligned = unit_vector(u, grad, u.units // x.groups) > 1
     columns, itemsize = x.taps * x.channels, x.tensor.element_size()
     return config.state_here(u.units, columns, x.groups, itemsize, aligned, competition)
 
@@ -329,7 +335,7 @@ def _response_arguments(
     u: Responses | None, grad: Responses | None, problem: config.Problem
 ) -> dict[str, Any]:
     """u and dL/du by name, their sizes in multiples of UNIT_VECTOR; the absent one borrows the other's."""
-    vector = _unit_vector(u, grad, problem.units)
+    vector = unit_vector(u, grad, problem.units)
     arguments: dict[str, Any] = {"units": problem.units // vector, "UNIT_VECTOR": vector}
     for name, view in {"u": u or grad, "grad": grad or u}.items():
         assert view is not None
@@ -337,7 +343,7 @@ def _response_arguments(
     return arguments | {"u_ptr": u.tensor if u else None, "grad_ptr": grad.tensor if grad else None}
 
 
-def _unit_vector(u: Responses | None, grad: Responses | None, units: int) -> int:
+def unit_vector(u: Responses | None, grad: Responses | None, units: int) -> int:
     """Units that one load can always take."""
     whole = units % VECTOR == 0 and all(view.is_aligned for view in (u, grad) if view)
     return VECTOR if whole else 1
