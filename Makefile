@@ -47,7 +47,7 @@ format: $(VENV)/dev  ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-sanitize: $(VENV)/dev  ## the kernel tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(VENV)/dev  ## the kernel tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/sanitize
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/cuda_on_host --sanitize -m "not slow"
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/cuda_on_host --threads -m races

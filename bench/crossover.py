@@ -18,6 +18,7 @@ from bench.correlation import Correlation, conv_correlation, linear_correlation
 from bench.interleave import Candidate, interleave, pinned_threads
 from bench.parity import assert_close
 from bench.shapes import DEEPHEBB, ConvShape
+from ghl_kernels.demo.arguments import positive, thread_count
 
 FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 CONVOLUTIONS = (
@@ -68,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from rich.table import Table
 
     parser = argparse.ArgumentParser(prog="python -m bench.crossover", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default 9)")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    parser.add_argument("--rounds", type=positive, default=9, help="timed rounds (default 9)")
+    parser.add_argument("--threads", type=thread_count, default=2, help="torch threads (default 2)")
     options = parser.parse_args(arguments)
     builders: dict[str, Callable[[float], Correlation]] = {
         **{f"conv {shape}": lambda f, shape=shape: conv_correlation(shape, f) for shape in CONVOLUTIONS},

@@ -25,7 +25,8 @@ the same run (a CPU's matrix rate is the better of a library's product and a lib
 every tensor moved once and the operations of the definition (`bench/work.py`): a form that multiplies less,
 as that of 3 x 3 convolutions on a CPU, may go below it. The floor of a training step counts its convolutions
 and linear layers. "Ours" is what runs where no backend is chosen; the others stand beside it. Only the causes
-of losses are written by hand (`bench/reasons.json`).
+of losses are written by hand (`bench/reasons.json`). Of the folders that `tools/gpu_check` has left, those
+with its stage `pair` are shown.
 """
 # What a figure shows, and of which suites.
 _CAPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -280,7 +281,7 @@ def _ratio(row: Row) -> str:
     if row.ratio is None:
         return "failed" if row.error else ""
     faster = " faster" if row.speedup else ""
-    return f"{row.ratio.median:.3f}x{faster} ({row.ratio.p20:.3f} to {row.ratio.p80:.3f})"
+    return f"{row.ratio.median:.3f}{row.unit}{faster} ({row.ratio.p20:.3f} to {row.ratio.p80:.3f})"
 
 
 def _table(headings: Sequence[str], lines: Sequence[Sequence[object]]) -> str:

@@ -25,7 +25,8 @@ RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 _STAGES = ("environment", "pair", "kwta", "races", "steps", "scaling")  # of tools/gpu_check
 # What runs where nothing is chosen, by stage; competitions are the CUDA kernels' where they are built.
-_DEFAULTS = {"pair": "ghl auto", "kwta": "ghl cuda", "steps": verdicts.SOFTMAX}
+_DEFAULTS = {"pair": ("ghl auto",), "kwta": ("ghl cuda",), "steps": (verdicts.SOFTMAX, verdicts.FEW)}
+_AGAINST = {"pair": "the fastest rival", "kwta": "B7c", "steps": "backprop"}
 
 
 def documents(folder: pathlib.Path = RESULTS) -> list[Measured]:
@@ -83,7 +84,7 @@ def _stage_row(stage: str, row: dict[str, Any]) -> Row:
         suite=stage,
         case=case,
         name=name,
-        against="backprop" if stage == "steps" else "the fastest rival",
+        against=_AGAINST[stage],
         seconds=seconds,
         ratio=Spread(factor, factor, factor) if factor else None,
         speedup=stage != "steps",

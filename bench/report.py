@@ -89,6 +89,11 @@ class Row:
         return self.name.startswith(("ghl ", "GHL", "learn_"))
 
     @property
+    def unit(self) -> str:
+        """Of ``ratio``: "x", and "" where it is a fitted exponent or crossover, which took no time."""
+        return "" if self.suite == "scaling" and self.seconds is None else "x"
+
+    @property
     def met(self) -> bool | None:
         """Whether the bar is met; None without a bar. A row that failed misses its bar."""
         if self.bar is None:

@@ -51,7 +51,7 @@ def _ratio(row: Row) -> str | Text:
         return Text("FAILED", "bold red") if row.error else "-"
     median = row.ratio.median
     if not row.speedup or row.name == row.against:
-        return f"{median:.3g}x"
+        return f"{median:.3g}{row.unit}"
     return f"{median:.3g}x faster" if median >= 1.0 else f"{1.0 / median:.3g}x slower"
 
 

@@ -141,23 +141,32 @@ def parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--root", type=Path, help="folder of CIFAR's python batches")
     source.add_argument("--synthetic", action="store_true", help="random images of CIFAR's shape")
-    parser.add_argument("--classes", type=int, choices=(10, 100), default=10)
-    parser.add_argument("--model", choices=sorted(PRESETS), default="deephebb")
-    parser.add_argument("--method", choices=("ghl", "kwta", "backprop"), default="ghl")
-    parser.add_argument("--k", type=positive, default=8, help="winners of --method kwta (default: 8)")
+    parser.add_argument("--classes", type=int, choices=(10, 100), default=10, help="(default: %(default)s)")
+    parser.add_argument("--model", choices=sorted(PRESETS), default="deephebb", help="(default: %(default)s)")
     parser.add_argument(
-        "--normalize", choices=("layer", "filter"), default="layer", help="scope of the update's scale"
+        "--method", choices=("ghl", "kwta", "backprop"), default="ghl", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--k", type=positive, default=8, help="winners of --method kwta (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--normalize",
+        choices=("layer", "filter"),
+        default="layer",
+        help="scope of the update's scale (default: %(default)s)",
     )
     parser.add_argument("--lr", type=positive_number, help="of the convolutions (default: the preset's)")
-    parser.add_argument("--read-out-lr", type=positive_number, default=0.01)
-    parser.add_argument("--epochs", type=positive, default=50)
-    parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--seed", type=torch_seed, default=0)
+    parser.add_argument("--read-out-lr", type=positive_number, default=0.01, help="(default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=50, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=64, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=torch_seed, default=0, help="(default: %(default)s)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
     parser.add_argument("--threads", type=thread_count, metavar="N", help="default: torch's choice")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("examples/results/cifar"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("examples/results/cifar"), help="(default: %(default)s)"
+    )
     return parser
 
 

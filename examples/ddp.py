@@ -97,15 +97,24 @@ def main() -> int:
 
 def run() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.ddp",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's idx files; default: synthetic")
     parser.add_argument(
         "--shard", action="store_true", help="fully_shard in place of DistributedDataParallel"
     )
-    parser.add_argument("--images", type=positive, default=2000, help="synthetic ones")
-    parser.add_argument("--epochs", type=positive, default=2)
-    parser.add_argument("--batch", type=positive, default=192, help="images in a step, over all processes")
-    parser.add_argument("--lr", type=positive_number, default=0.001)
+    parser.add_argument("--images", type=positive, default=2000, help="synthetic ones (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=2, help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        default=192,
+        help="images in a step, over all processes (default: %(default)s)",
+    )
+    parser.add_argument("--lr", type=positive_number, default=0.001, help="(default: %(default)s)")
     args = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start it by torchrun, for instance: torchrun --nproc-per-node 2 -m examples.ddp")

@@ -153,15 +153,33 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = list(METHODS)
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="METHOD", help=f"{names}")
-    parser.add_argument("--seeds", nargs="+", type=torch_seed, default=[0, 1, 2], metavar="SEED")
-    parser.add_argument("--epochs", type=positive, default=5, help="of the gradient (default: 5)")
-    parser.add_argument("--local-epochs", type=positive, default=1, help="of the local rules (default: 1)")
-    parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="METHOD",
+        help=f"of {', '.join(names)} (default: all)",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=torch_seed, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2"
+    )
+    parser.add_argument("--epochs", type=positive, default=5, help="of the gradient (default: %(default)s)")
+    parser.add_argument(
+        "--local-epochs", type=positive, default=1, help="of the local rules (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=64, help="(default: %(default)s)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
-    parser.add_argument("--threads", type=thread_count)
-    parser.add_argument("--root", type=Path, default=data.FASHION_MNIST_ROOT, help="folder of the idx files")
-    parser.add_argument("--out", type=Path, default=Path("examples/results/fashion-mnist"))
+    parser.add_argument("--threads", type=thread_count, metavar="N", help="default: torch's choice")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=data.FASHION_MNIST_ROOT,
+        help="folder of the idx files (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("examples/results/fashion-mnist"), help="(default: %(default)s)"
+    )
     parser.add_argument("--search", nargs="+", choices=names, metavar="METHOD", help="try learning rates")
     parser.add_argument(
         "--report",
@@ -169,7 +187,12 @@ def _parser() -> argparse.ArgumentParser:
         help="write tables and figure of the runs in --out, which may also be the JSON that a report left, "
         "and of what imagenet --steps left in DOCS/results/steps",
     )
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where --report writes results.md")
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        default=Path("docs"),
+        help="where --report writes results.md (default: %(default)s)",
+    )
     return parser
 
 

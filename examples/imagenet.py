@@ -238,31 +238,48 @@ def parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--root", type=Path, help="folder of train/ and val/")
     source.add_argument("--synthetic", action="store_true", help="random images of the real shape")
-    parser.add_argument("--images", type=positive, default=256, help="synthetic ones (default: 256)")
-    parser.add_argument("--model", choices=sorted(MODELS), default="resnet50")
-    parser.add_argument("--size", type=positive, default=224)
-    parser.add_argument("--classes", type=positive, default=1000)
-    parser.add_argument("--method", choices=METHODS, default="ghl")
-    parser.add_argument("--k", type=positive, default=8, help="winners of --method kwta")
-    parser.add_argument("--temperature", type=positive_number, default=1.0)
-    parser.add_argument("--lr", type=positive_number, default=0.01)
-    parser.add_argument("--momentum", type=nonnegative_number, default=0.0)
-    parser.add_argument("--weight-decay", type=nonnegative_number, default=1e-4)
-    parser.add_argument("--epochs", type=positive, default=90)
+    parser.add_argument("--images", type=positive, default=256, help="synthetic ones (default: %(default)s)")
+    parser.add_argument("--model", choices=sorted(MODELS), default="resnet50", help="(default: %(default)s)")
+    parser.add_argument("--size", type=positive, default=224, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--classes", type=positive, default=1000, help="(default: %(default)s)")
+    parser.add_argument("--method", choices=METHODS, default="ghl", help="(default: %(default)s)")
+    parser.add_argument(
+        "--k", type=positive, default=8, help="winners of --method kwta (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=positive_number, default=1.0, help="of --method ghl (default: %(default)s)"
+    )
+    parser.add_argument("--lr", type=positive_number, default=0.01, help="(default: %(default)s)")
+    parser.add_argument("--momentum", type=nonnegative_number, default=0.0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--weight-decay", type=nonnegative_number, default=1e-4, help="(default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=positive, default=90, help="(default: %(default)s)")
     parser.add_argument(
         "--warmup",
         type=natural,
         metavar="EPOCHS",
         help=f"in which the rate rises (default: {WARMUP}, at most half of --epochs)",
     )
-    parser.add_argument("--batch-size", type=positive, default=32, help="of each process")
-    parser.add_argument("--workers", type=natural, default=4, help="that decode images, of each process")
-    parser.add_argument("--seed", type=torch_seed, default=0)
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16")
+    parser.add_argument(
+        "--batch-size", type=positive, default=32, help="of each process (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=natural,
+        default=4,
+        help="that decode images, of each process (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=torch_seed, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 (on unless --no-amp)"
+    )
     parser.add_argument("--steps", type=positive, help="only compare so many steps with backprop's")
-    parser.add_argument("--threads", type=thread_count, help="of each process")
-    parser.add_argument("--checkpoint-every", type=positive, default=1000, metavar="STEPS")
-    parser.add_argument("--out", type=Path, default=Path("examples/results"))
+    parser.add_argument("--threads", type=thread_count, help="of each process (default: torch's choice)")
+    parser.add_argument(
+        "--checkpoint-every", type=positive, default=1000, metavar="STEPS", help="(default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("examples/results"), help="(default: %(default)s)")
     return parser
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ghl_kernels as ghl
+from ghl_kernels.demo.errors import UserError
 from ghl_kernels.nn import GHLLayer
 
 LocalStep = Callable[[nn.Module, Tensor, float], None]
@@ -73,6 +74,9 @@ class Learner:
 
         Returns:
             The mean cross entropy before the step, on the device: reading it waits for the step.
+
+        Raises:
+            UserError: a batch too small for batch norm.
         """
         for group in self._groups():
             group["lr"] = share * group["initial_lr"]
@@ -107,7 +111,16 @@ class Learner:
 
     def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            logits: Tensor = network(images)
+            try:
+                logits: Tensor = network(images)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):  # batch norm's
+                    raise
+                height, width = images.shape[2:]
+                raise UserError(
+                    f"a batch of one image of {height} x {width} leaves batch norm one value per channel; "
+                    "take more images a batch, or larger ones."
+                ) from None
         return logits.float()
 
 

@@ -37,7 +37,9 @@ the first left, or, with `--out {kept}`, of the runs recorded there.
 Every method starts from the same weights, sees the images in the same order and trains the same linear
 read-out (Adam, {read_out_lr:g}); its filters have SGD with a cosine schedule. A local rule first trains the
 filters, all layers at once, without a backward pass (epochs: {local_epochs}); they are frozen while the
-read-out learns. Test accuracy in percent after the last epoch, mean of the seeds (lowest to highest):
+read-out learns. SWTA-FH and HPCA-FH are rules of Lagani et al., FastHebb (formulas B8 and B9 in
+[performance.md](performance.md)). Test accuracy in percent after the last epoch, mean of the seeds (lowest
+to highest):
 
 {table}
 
@@ -53,13 +55,13 @@ moved, too: these are the row "{frozen}".
 
 SCALES = """
 A scale per filter (`normalize="filter"`) gives every filter a step of the same size, the authors' has one for
-the layer. The former ends {gap:+.2f} points from the latter.
+the layer. The former ends {gap} the latter.
 """
 
 SOFTHEBB = """
 The row of SoftHebb is its rule alone: its authors' recipe (the Triangle activation, a learning rate for each
 filter that depends on its norm, a schedule and temperatures of their own) was not run. Without it the rule
-ends {gap:+.2f} points from filters that never moved.
+ends {gap} filters that never moved.
 """
 
 STEPS = """
@@ -225,7 +227,9 @@ def _table(runs: Results) -> list[str]:
 def _gap(text: str, runs: Results, method: str, other: str) -> str:
     """The text with the gap of two methods; "" where they have no seed in common."""
     found = bars.gap(runs, method, other)
-    return "" if found is None else text.format(gap=found)
+    if found is None:
+        return ""
+    return text.format(gap=f"{abs(found):.2f} points {'above' if found >= 0.0 else 'below'}")
 
 
 def _steps(figures: Path) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from bench import interleave, parity, report, tables
 from bench.crossover import crossover
+from bench.crossover import main as measure_crossovers
 from bench.interleave import Candidate, Spread, Timing
 from bench.report import Bar, Row
 
@@ -199,9 +200,11 @@ def test_the_table_says_what_failed_and_what_is_faster() -> None:
             row("quick", 4.0, speedup=True, against="B1"),
             row("slow", 0.25, speedup=True, against="B1"),
             row("wrong", ratio=None, error="off by 1"),
+            row("exponent", 0.816, suite="scaling"),
         ]
     )
     assert "4x faster" in text
+    assert " 0.816 " in text
     assert "4x slower" in text
     assert "FAILED" in text
     assert "off by 1" in text
@@ -230,6 +233,14 @@ def test_the_crossover_is_fitted_to_all_costs() -> None:
     costs = [0.1 + 3.0 * x for x in fractions]
     costs[3] *= 1.1
     assert crossover(fractions, costs) == pytest.approx(0.3, rel=0.05)
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--threads"])
+def test_crossover_refuses_what_cannot_be_measured(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        measure_crossovers([option, "0"])
+    assert stopped.value.code == 2
+    assert f"argument {option}: must be a whole number" in capsys.readouterr().err
 
 
 def test_parity_allows_what_it_is_told_and_no_more() -> None:

@@ -9,6 +9,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from bench import (
     suites,
 )
 from bench.compare import MARGIN, compare
+from bench.gpu import verdicts
 from bench.interleave import Spread
 from bench.losses import losses, reasons
 from bench.race import Contender, Race
@@ -241,6 +243,15 @@ def test_rows_show_their_floor_and_overhead_has_none() -> None:
     assert "| 3 s | n/a |" in section(page, "overhead")
 
 
+def test_a_fitted_number_is_no_ratio() -> None:
+    spread = Spread(0.816, 0.766, 0.865)
+    fit = row("ghl gate", suite="scaling", case="B=4 to 64", speedup=False, ratio=spread, seconds=None)
+    one = dataclasses.replace(fit, case="B=8", seconds=spread)
+    text = section(performance.render([document([fit, one])]), "scaling")
+    assert "| 0.816 (0.766 to 0.865) |" in text
+    assert "| 0.816x (0.766 to 0.865) |" in text
+
+
 def test_every_figure_has_a_caption_with_its_command(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +319,27 @@ def test_stages_of_a_gpu_check_become_rows(tmp_path: pathlib.Path) -> None:
     assert "No GPU" not in performance.render([found])
     (folder / "pair.json").write_text(json.dumps(stage | {"dry_run": True}))
     assert performance.documents(tmp_path) == []
+
+
+def test_rows_of_a_gpu_check_say_what_they_are_compared_with(tmp_path: pathlib.Path) -> None:
+    timed = {"us": 10.0, "us_p20": 9.0, "us_p80": 11.0}
+    steps = [
+        {"network": "N", "method": method, "us": us, "us_p20": us, "us_p80": us, "ratio": us}
+        for method, us in ((verdicts.BACKPROP, 1.0), (verdicts.SOFTMAX, 0.9), (verdicts.FEW, 1.5))
+    ]
+    stages: dict[str, list[dict[str, Any]]] = {
+        "pair": [{"layer": "conv", "what": "auto", "times_faster": 2.0} | timed],
+        "kwta": [{"case": "rows", "what": "cuda y", "times_faster_than_topk": 9.0} | timed],
+        "steps": steps,
+    }
+    for name, rows in stages.items():
+        stage = {"dry_run": False, "measured_on": "A GPU", "results": {name: rows}}
+        (tmp_path / "check").mkdir(exist_ok=True)
+        (tmp_path / "check" / f"{name}.json").write_text(json.dumps(stage))
+    (found,) = performance.documents(tmp_path)
+    against = {row.suite: row.against for row in found.rows}
+    assert against == {"pair": "the fastest rival", "kwta": "B7c", "steps": "backprop"}
+    assert [loss.ours.name for loss in losses(found.rows, {})] == [verdicts.FEW]
 
 
 def test_quick_documents_are_left_out(tmp_path: pathlib.Path) -> None:

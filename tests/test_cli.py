@@ -129,6 +129,21 @@ def test_sanitize_builds_nothing_for_help_or_what_pytest_refuses(tmp_path: Path)
     assert "built" in sanitize(tmp_path, "-k", "compete").stderr
 
 
+@pytest.mark.parametrize(("option", "code"), [("--help", 0), ("-h", 0), ("--nonsense", 2)])
+def test_cuda_on_host_builds_nothing_for_help(option: str, code: int) -> None:
+    tool = Path(__file__).parents[1] / "tools" / "cuda_on_host"
+    done = subprocess.run(
+        [tool, option],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    usage = "usage: tools/cuda_on_host [--sanitize | --threads] [arguments of pytest]\n"
+    assert (done.returncode, done.stdout, done.stderr) == (code, *((usage, "") if code == 0 else ("", usage)))
+
+
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])

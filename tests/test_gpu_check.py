@@ -165,6 +165,21 @@ def test_a_folder_of_somebody_else_is_left_alone(
     assert (tmp_path / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("options", [[], ["--sanitize"]])
+def test_without_a_gpu_nothing_is_begun(
+    options: list[str],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tool, out = load_tool(), tmp_path / "out"
+    monkeypatch.setattr(tool, "_sees_gpu", lambda: False)
+    assert tool.main(["--out", str(out), *options]) == 2
+    message = "error: torch sees no GPU; --dry-run walks through every step without one.\n"
+    assert capsys.readouterr() == ("", message)
+    assert not out.exists()
+
+
 def test_measured_shapes_are_those_of_the_stages_that_follow(check: Any) -> None:
     tool = load_tool()
     installed = check.package / tool.SHAPES

@@ -38,6 +38,7 @@ from bench.gpu.tiles import every_candidate, library, tf32
 from ghl_kernels.backends.triton import arch as architectures
 from ghl_kernels.backends.triton.arch import Arch
 from ghl_kernels.backends.triton.launch import recording
+from ghl_kernels.demo.arguments import positive
 
 COLUMNS = ("kernel", "arch", "types", "constants", "warps", "regs", "spill", "shared", "matrix", "16 B loads")
 
@@ -144,7 +145,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--case", default="", metavar="TEXT", help="calls with this in their name")
     parser.add_argument("--reduced", action="store_true", help="few layers and competitions")
     parser.add_argument("--choices", action="store_true", help="every choice of a tile, not layers")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="parallel compilers")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="parallel compilers")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write everything to FILE")
     parser.add_argument(
         "--operations",

@@ -96,7 +96,7 @@ def write(folder: Path, accuracies: dict[str, tuple[float, ...]]) -> str:
 def test_the_report_judges_and_compares_the_scales(tmp_path: Path) -> None:
     text = write(tmp_path, PASSING | {"ghl-softmax-layer": (88.0, 89.0)})
     assert "| GHL softmax | PASS (-0.75) | PASS (+2.25 over frozen) |" in text
-    assert "The former ends +1.25 points from the latter." in text
+    assert "The former ends 1.25 points above the latter." in text
     assert "Large networks" not in text
     assert text.count("Made on") == 1
 
@@ -108,7 +108,7 @@ def test_the_report_is_silent_on_what_has_not_run(tmp_path: Path) -> None:
 
 
 def test_the_report_says_what_of_softhebb_has_not_run(tmp_path: Path) -> None:
-    assert "ends -7.50 points from filters that never moved." in write(tmp_path / "a", PASSING)
+    assert "ends 7.50 points below filters that never moved." in write(tmp_path / "a", PASSING)
     assert "Triangle" not in write(tmp_path / "b", {key: PASSING[key] for key in ("backprop", "frozen")})
 
 

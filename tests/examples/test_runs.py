@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -324,6 +325,19 @@ def test_more_winners_than_units_is_one_line(
 ) -> None:
     command = ["--synthetic", "--classes", "10", "--method", "kwta", "--k", "999", "--out", str(tmp_path)]
     assert_refused(main, command, r"--k 999: .* got 999 of \d+.*\.", capsys)
+
+
+def test_one_value_per_channel_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--synthetic", "--model", "resnet20", "--size", "1", "--images", "2", "--batch-size", "1"]
+    command += ["--classes", "2", "--steps", "1", "--out", str(tmp_path)]
+    complaint = r"a batch of one image of 1 x 1 leaves batch norm one value per channel; .*\."
+    assert_refused(imagenet.main, command, complaint, capsys)
+
+
+@pytest.mark.parametrize("parser", [cifar.parser, fashion_mnist._parser, imagenet.parser])
+def test_help_shows_every_default(parser: Callable[[], argparse.ArgumentParser]) -> None:
+    actions = [action for action in parser()._actions if action.nargs != 0 and action.dest != "amp"]
+    assert [action.dest for action in actions if action.default and "default: " not in str(action.help)] == []
 
 
 @pytest.mark.parametrize(

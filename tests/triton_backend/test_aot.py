@@ -88,6 +88,12 @@ def test_too_much_shared_memory_is_a_problem(bad, arch: str, limit: int) -> None
     assert any(f"of shared memory, the limit is {limit}" in problem for problem in found)
 
 
+def test_a_number_of_compilers_below_one_is_refused() -> None:
+    done = check("--jobs", "0")
+    assert done.returncode == 2
+    assert "argument --jobs: must be a whole number of at least 1, got '0'" in done.stderr
+
+
 def test_an_operation_that_raises_is_a_problem(bad) -> None:
     done, document = bad
     assert any("RuntimeError: no such kernel" in line for line in document["raised"])
