@@ -35,11 +35,15 @@ bool pair_narrow_takes(const PairParams& params, const DeviceInfo& info);
 int64_t pair_narrow_workspace(const PairParams& params, const DeviceInfo& info);  // bytes
 Status pair_narrow(const PairParams& params, const DeviceInfo& info, Stream stream);
 
-// Whether A's activity is a softmax over all units of a position, whose state a kernel that sees them all can
-// compute itself, and which is not given.
+// Whether A's activity is a softmax over all units of a position.
+inline bool is_plain_softmax(const PairParams& params) {
+  return params.activity == Activity::softmax && !params.selects && !params.anti;
+}
+
+// Whether its state, which a kernel that sees all units can compute itself, is not given.
 inline bool needs_only_softmax(const PairParams& params) {
   const bool given = params.threshold || params.cut || params.logsumexp || params.first || params.winners > 0;
-  return !given && params.activity == Activity::softmax && !params.selects && !params.anti;
+  return !given && is_plain_softmax(params);
 }
 
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }

@@ -70,7 +70,7 @@ KernelParams kernel_params(const PairParams& params, const PairPlan& plan) {
           one,
           {params.activity, params.selects, params.anti, 1.0f / params.temperature, params.lift},
           {params.threshold, params.cut, params.logsumexp, params.first},
-          params.activity == Activity::softmax && !params.selects && !params.anti,
+          is_plain_softmax(params),
           pair_mma_makes_state(params),
           static_cast<int32_t>(units),
           static_cast<int32_t>(params.geometry.taps() * params.geometry.group_channels()),

@@ -51,7 +51,7 @@ KernelParams kernel_params(const PairParams& params, const NarrowPlan& plan) {
           fields_of(params),
           winners,
           !params.a || needs_only_softmax(params),
-          params.activity == Activity::softmax && !params.selects && !params.anti,
+          is_plain_softmax(params),
           params.geometry.positions(),
           Tiles(plan),
           static_cast<float*>(params.workspace)};
