@@ -167,6 +167,10 @@ class Attachment:
         layer._attachment = self
         _register(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        # for layers that are copied past their own __getstate__, as those with a parametrization are
+        return None
+
     def leaves(self) -> tuple[Tensor, Tensor]:
         """Where the sums go in the next backward pass.
 
@@ -219,8 +223,7 @@ class Attachment:
         self._doubt = False
         dtype = sum_dtype(weight.dtype)  # the model may have been converted since its backward pass
         sums = [t.to(weight.device, dtype) for t in (self._A.grad, self._moments.grad) if t is not None]
-        if self.layer.rule.gate == "none" or self.layer._probe is not None:  # else the sign of 0 does it
-            _zero_where(self._zeroed(grad), sums)
+        self._clear_if_zeroed(grad, sums)
         return sums
 
     def empty_sums(self) -> list[Tensor]:
@@ -262,16 +265,21 @@ class Attachment:
     @untraced
     def watch_step_of(self, optimizer: Optimizer) -> None:
         """Before a step of an optimizer that holds the weight: keep it, as ``data`` may be changed unseen."""
-        is_own = optimizer is self._owner() or self._swapped is not None
-        self._watched = None if is_own or not self._is_pending() else self._local(self.weight).clone()
+        self._watched, grad = None, self.weight.grad
+        if grad is None or optimizer is self._owner() or self._swapped is not None:
+            return
+        # after a step of ours it may have been zeroed, which only the device knows
+        if self._is_pending() or (self._is_left(grad) and self._local(grad).any()):
+            self._watched = self._local(self.weight).clone()
 
     @untraced
     def forbid_step_of(self, optimizer: Optimizer) -> None:
         """After a step of an optimizer that holds the weight: RuntimeError if it took the plain gradient."""
         before, self._watched = self._watched, None
-        if optimizer is self._owner() or self._swapped is not None or not self._is_pending():
+        if optimizer is self._owner() or self._swapped is not None:
             return
-        is_changed = self._weight_state != self._state_of_weight()
+        # by its version where the gradient came in the step, from a closure
+        is_changed = self._is_pending() and self._weight_state != self._state_of_weight()
         if is_changed or (before is not None and not torch.equal(before, self._local(self.weight))):
             raise RuntimeError(
                 f"the weight of {self.name!r} was stepped on its plain gradient by an optimizer that its "
@@ -337,7 +345,8 @@ class Attachment:
 
     def drop_gradient(self) -> None:
         """Let no other optimizer step on a plain gradient."""
-        if self._is_pending():
+        grad = self.weight.grad
+        if grad is not None and (self._is_pending() or self._is_left(grad)):
             self.weight.grad = None
 
     def detach(self) -> None:
@@ -350,9 +359,9 @@ class Attachment:
         _attached.pop(id(self.weight), None)
         del self.layer._attachment
 
-    def is_abandoned(self) -> bool:
-        """Whether the optimizer is gone, and with it whoever could have undone the attachment."""
-        return self._owner() is None
+    def owner(self) -> Optimizer | None:
+        """The optimizer; None where it is gone, and with it whoever could have undone the attachment."""
+        return self._owner()
 
     def _new_leaves(self) -> tuple[Tensor, Tensor]:
         layer = self.layer
@@ -418,6 +427,10 @@ class Attachment:
         """Whether weight.grad is the plain gradient of passes that no step has used."""
         has_passes = self._A.grad is not None or any(self._accumulated)
         return self.weight.grad is not None and self._stepped is None and has_passes
+
+    def _is_left(self, grad: Tensor) -> bool:
+        """Whether weight.grad is the tensor that the last step left, plain, whatever has changed it since."""
+        return self._stepped is not None and self._stepped.tensor() is grad
 
     def _refusal(self, grad: Tensor) -> str | None:
         """Why an optimizer must not step on weight.grad unless it is 0; None where it may."""
@@ -550,6 +563,10 @@ class Attachment:
 
     def _forget(self, zeroed: Tensor | None) -> None:
         _zero_where(zeroed, [leaf.grad for leaf in (self._A, self._moments) if leaf.grad is not None])
+
+    def _clear_if_zeroed(self, grad: Tensor, sums: list[Tensor]) -> None:
+        """At the step: sums that a zeroed gradient leaves may be NaN, which the sign of 0 does not make 0."""
+        _zero_where(self._zeroed(grad), sums)
 
     def _is_untouched(self, grad: Tensor) -> bool:
         """Whether weight.grad is as it was seen last, for all that its version says."""

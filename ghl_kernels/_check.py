@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -140,19 +142,38 @@ def module(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def process_group(group: object) -> None:
+    """What torch.distributed.new_group returns, or None, TypeError otherwise."""
+    distributed = torch.distributed
+    if group is None:
+        return
+    if distributed.is_available() and (
+        isinstance(group, distributed.ProcessGroup) or group is distributed.GroupMember.NON_GROUP_MEMBER
+    ):
+        return
+    raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {group!r}")
+
+
 def rule(rule: object) -> None:
     """A HebbianRule, TypeError otherwise."""
+    if isinstance(rule, Tensor):  # its elements would hide that rule and weight are in each other's place
+        raise TypeError(f"rule must be a HebbianRule, got a tensor of shape {tuple(rule.shape)}")
     if not isinstance(rule, HebbianRule):
         raise TypeError(f"rule must be a HebbianRule, got {rule!r}")
 
 
 def finite(name: str, value: float) -> None:
-    """A number, TypeError otherwise, and neither inf nor NaN, ValueError otherwise."""
-    try:  # not math.isfinite, which no compiler takes of a number that changes
-        is_finite = -sys.float_info.max <= value <= sys.float_info.max
+    """A number, TypeError otherwise, and neither inf nor NaN nor beyond all doubles, ValueError otherwise."""
+    try:
+        # not math.isfinite, which no compiler takes of a number that changes, nor the largest double, which
+        # NumPy makes inf, with a warning, beside numbers of its narrower types
+        is_finite = -math.inf < value < math.inf
+        is_number = not (isinstance(value, np.ndarray) and value.ndim)
     except (TypeError, ValueError, RuntimeError):  # of several elements NumPy and torch raise the latter two
-        raise TypeError(f"{name} must be a real number, got {value!r}") from None
-    if not is_finite:
+        is_number = False
+    if not is_number:
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    if not is_finite or (isinstance(value, int) and abs(value) > sys.float_info.max):
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 

@@ -48,6 +48,10 @@ class Probe:
         self.number = next(_numbers)
         _probes[self.number] = self
 
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        # for layers that are copied past their own __getstate__, as those with a parametrization are
+        return None
+
     def is_due(self) -> bool:
         """Whether the step that a forward pass belongs to is observed."""
         # asked of the layer: a compiled graph passes copies and aliases, whose versions say nothing

@@ -161,16 +161,22 @@ class ShardedAttachment(Attachment):
     def _is_alive(self, grad: Tensor) -> Tensor:
         return self._processes.maximum(self._local(grad).any().float()) != 0
 
+    def signs_of_life(self) -> tuple[Tensor, Tensor]:
+        """Whether this process's rows of weight.grad are other than 0, and whether they were left so."""
+        grad = cast(Tensor, self.weight.grad)
+        is_alive = self._local(grad).any()
+        was_alive = self._was_alive if self._is_untouched(grad) else None
+        return is_alive, torch.ones_like(is_alive) if was_alive is None else was_alive
+
     def _zeroed(self, grad: Tensor) -> Tensor | None:
-        is_untouched = self._is_untouched(grad)
-        if self._is_waiting and is_untouched:
+        if self._is_waiting and self._is_untouched(grad):
             return None
         # some process may hold nothing but rows without a gradient
-        is_alive = self._local(grad).any()
-        was_alive = self._was_alive if is_untouched else None
-        was_alive = torch.ones_like(is_alive) if was_alive is None else was_alive
-        is_alive, was_alive = self._processes.maximum(torch.stack([is_alive, was_alive]).float())
+        is_alive, was_alive = self._processes.maximum(torch.stack(self.signs_of_life()).float())
         return (is_alive == 0) & (was_alive != 0)
+
+    def _clear_if_zeroed(self, grad: Tensor, sums: list[Tensor]) -> None:
+        """Nothing: :func:`gated` asks for all layers at once."""
 
     def _forget(self, zeroed: Tensor | None) -> None:
         if not self._is_waiting:
@@ -219,19 +225,23 @@ def _groups(state: Any) -> Iterable[Any]:
 def gated(
     active: Sequence[tuple[Attachment, list[Tensor]]], processes: Processes
 ) -> Iterator[tuple[Attachment, Tensor]]:
-    """This process's rows of the gated gradient of every layer: the largest |H| of all by one all-reduce."""
+    """This process's rows of the gated gradient of every layer.
+
+    The largest |H| of all rows, and whether their gradient was zeroed, by one all-reduce for all layers.
+    """
     layers = [(cast(ShardedAttachment, attachment), sums) for attachment, sums in active]
     updates = [(attachment, attachment.delta(*sums)) for attachment, sums in layers]
     if not updates:
         return
-    largest = torch.stack([_largest(H) for _, H in updates])
+    asked = torch.stack([torch.stack([_largest(H), *a.signs_of_life()]) for a, H in updates], dim=1)
     # MAX need not return a NaN; an inf is as bad and does
-    scales = processes.maximum(torch.where(largest.isfinite(), largest, torch.inf))
+    scales, are_alive, were_alive = processes.maximum(torch.where(asked.isfinite(), asked, torch.inf))
     scales = torch.where(scales.isfinite(), scales + EPS, torch.nan)
-    for (attachment, H), scale in zip(updates, scales, strict=True):
+    zeroed = (are_alive == 0) & (were_alive != 0)
+    for (attachment, H), scale, is_zeroed in zip(updates, scales, zeroed, strict=True):
         if attachment.layer.rule.normalize == "layer":
             H = H / scale.to(H.dtype)
-        yield attachment, attachment.gated(H)
+        yield attachment, attachment.gated(H.masked_fill_(is_zeroed, 0.0))
 
 
 def _largest(H: Tensor) -> Tensor:

@@ -81,10 +81,11 @@ def convert(
 
     Raises:
         TypeError: ``model``, ``rule`` or an exclusion of the wrong type.
-        ValueError: an exclusion that matches nothing; a layer that cannot be converted, because its
-            weight is shared, lazy, sharded, computed (weight_norm, spectral_norm, pruning) or too
-            narrow for the rule's winners, or its ``forward`` was replaced; no layer left to convert in a
-            model whose GHL layers have another rule, gate_at or sums_at. Nothing has been swapped then.
+        ValueError: an unknown gate_at or sums_at; an exclusion that matches nothing; a layer that cannot be
+            converted, because its weight is shared, lazy, sharded, computed (weight_norm, spectral_norm,
+            pruning) or too narrow for the rule's winners, or its ``forward`` was replaced; no layer left to
+            convert in a model whose GHL layers have another rule, gate_at or sums_at. Nothing has been
+            swapped then.
     """
     _check.module(model)
     check_options(rule, gate_at, sums_at)

@@ -4,7 +4,8 @@ All are free of autograd: they run under no_grad and what they return requires n
 layers of :mod:`ghl_kernels.nn` are the way to train; these are for rules of one's own and for study.
 Shapes: linear x (..., D), u (..., N), weight (N, D); convolution x (B, C, *size) or (C, *size),
 u (B, N, *out_size) or (N, *out_size), weight (N, C / groups, *kernel_size). Dtypes: float32,
-bfloat16, float16 or float64; sums are float32 (float64 for float64 inputs).
+bfloat16, float16 or float64; sums, H and the gradients that are returned are float32 (float64 for
+float64 inputs).
 
 Source of the formulas: Hua et al., ICASSP 2026 (arXiv 2601.21367); docs of :class:`HebbianRule`.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from ghl_kernels import _check
 from ghl_kernels._autograd import Plan, make_plan, pair, sums
 from ghl_kernels._geometry import Geometry, make_geometry
+from ghl_kernels.backends.eager import sum_dtype
 from ghl_kernels.rule import HebbianRule
 
 
@@ -68,6 +70,8 @@ def linear_delta(x: Tensor, u: Tensor, weight: Tensor, rule: HebbianRule) -> Ten
     _check.alike_precision(x=x, u=u, weight=weight)
     _check.linear(x, u)
     _check.shape("weight", weight, (u.shape[-1], x.shape[-1]))
+    if weight.numel() == 0:
+        return _empty(weight, rule, weight.dtype)
     return _delta(x, u, weight, rule, None)
 
 
@@ -85,6 +89,8 @@ def linear_weight_grad(x: Tensor, u: Tensor, grad_u: Tensor, weight: Tensor, rul
     _check.alike_precision(x=x, u=u, weight=weight)
     _check.linear(x, u)
     _check.shape("weight", weight, (u.shape[-1], x.shape[-1]))
+    if weight.numel() == 0:
+        return _empty(weight, rule, weight.dtype if rule.gate == "none" else grad_u.dtype)
     plan = make_plan(None, weight, rule, sums_at="backward")
     if plan.is_pair and grad_u.dtype == u.dtype:
         return _gated_pair(x, u, grad_u, weight, rule, plan)
@@ -167,6 +173,12 @@ def _delta(x: Tensor, u: Tensor, weight: Tensor, rule: HebbianRule, geometry: Ge
     A, moments = sums(x, u, make_plan(geometry, weight, rule))
     groups = geometry.groups if geometry else 1
     return torch.ops.ghl.delta(A, moments, weight, groups, rule.decay, rule.normalize)
+
+
+def _empty(weight: Tensor, rule: HebbianRule, dtype: torch.dtype) -> Tensor:
+    """What is summed for no weights at all: there is nothing that a kernel could read the positions from."""
+    _check.winners(rule.winners_of(weight.shape[0]), weight.shape[0])
+    return torch.zeros_like(weight, dtype=torch.promote_types(sum_dtype(weight.dtype), dtype))
 
 
 def _alike(x: Tensor, grad_u: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ghl_kernels import _check
+from ghl_kernels._geometry import to_int
 from ghl_kernels._probe import Probe
 from ghl_kernels._processes import is_sharded
 from ghl_kernels.nn import GHLLayer, named_layers
@@ -131,8 +132,7 @@ class Monitor:
 
     def __init__(self, model: nn.Module, every: int = 100, *, positions: int = 65536) -> None:
         _check.module(model)
-        _check_count("every", every)
-        _check_count("positions", positions)
+        every, positions = _count("every", every), _count("positions", positions)
         self._layers = named_layers(model)
         if not self._layers:
             raise ValueError("the model has no GHL layer to watch; convert it first")
@@ -230,6 +230,7 @@ class Monitor:
             TypeError: as for :meth:`scalars`.
             ImportError: matplotlib is not installed.
             OSError: the file cannot be written.
+            ValueError: a suffix that matplotlib does not know.
         """
         from ghl_kernels._monitor_figure import draw
 
@@ -335,8 +336,10 @@ def _cells(reading: LayerReading) -> list[str]:
     ]
 
 
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _count(name: str, value: object) -> int:
+    number = to_int(value)
+    if number is None:
         raise TypeError(f"{name} must be an int >= 1, got {value!r}")
-    if value < 1:
+    if number < 1:
         raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+    return number

@@ -107,7 +107,8 @@ class GHLLayer(nn.Module, abc.ABC):
         """Forward pass and local update in place, W += lr * H, with no backward pass and no gate.
 
         The call is the update: it changes a frozen weight, and that of a layer in eval mode, as well.
-        Backward through an output from before it raises RuntimeError, because the weight has changed.
+        Backward through an output from before it raises RuntimeError, because the weight has changed; where
+        one compiled function made the output and the update, that is not noticed.
 
         Args:
             x: the layer's input, as for ``forward``.
@@ -306,7 +307,8 @@ class GHLLinear(GHLLayer, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as for torch.nn.Linear.
-        rule, gate_at, sums_at: see :class:`HebbianRule` and :class:`GHLLayer`.
+        rule: see :class:`HebbianRule`; None is ``HebbianRule.ghl()``.
+        gate_at, sums_at: see :class:`GHLLayer`.
 
     Raises:
         TypeError, ValueError: a rule, option or dtype that is not allowed; in training, an input that does
@@ -438,7 +440,8 @@ class GHLConv2d(GHLConv, nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, dtype: as for torch.nn.Conv2d.
-        rule, gate_at, sums_at: see :class:`HebbianRule` and :class:`GHLLayer`.
+        rule: see :class:`HebbianRule`; None is ``HebbianRule.ghl()``.
+        gate_at, sums_at: see :class:`GHLLayer`.
 
     Raises:
         TypeError, ValueError: a rule, option or dtype that is not allowed; in training, an input that does

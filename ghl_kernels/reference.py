@@ -3,18 +3,22 @@ r"""The rule written plainly in PyTorch: the oracle of the tests and the slow ba
 Works in any floating dtype and on any device; in float64 it is the judge of every kernel. Nothing
 here is fast, in place or fused: patches are built in full, every sum is one ``einsum``.
 
-The functions mirror :mod:`ghl_kernels.functional` (same names, arguments and results) and share no
-computation with any backend.
+The functions mirror :mod:`ghl_kernels.functional` (same names, arguments and results, but in the inputs'
+dtype) and share no computation with any backend.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ghl_kernels._geometry import to_int
 from ghl_kernels.rule import Competition, HebbianRule
 
 EPS = 1e-30
@@ -51,16 +55,16 @@ def _compete(u: Tensor, competition: Competition) -> Tensor:
 
 def linear_delta(x: Tensor, u: Tensor, weight: Tensor, rule: HebbianRule) -> Tensor:
     """Normalised local update H (N, D) of a linear layer: x (..., D), u (..., N), weight (N, D)."""
-    return _delta(x.reshape(1, -1, x.shape[-1]), u.reshape(-1, u.shape[-1]), weight, rule)
+    return _delta(_positions(x).unsqueeze(0), _positions(u), weight, rule)
 
 
 def linear_weight_grad(x: Tensor, u: Tensor, grad_u: Tensor, weight: Tensor, rule: HebbianRule) -> Tensor:
     """Gated weight gradient (N, D) of a linear layer: grad_u = dL/du (..., N)."""
-    patches = x.reshape(1, -1, x.shape[-1])
-    H = _delta(patches, u.reshape(-1, u.shape[-1]), weight, rule)
+    patches = _positions(x).unsqueeze(0)
+    H = _delta(patches, _positions(u), weight, rule)
     if rule.gate == "none":
         return -H
-    return gate(H, _correlate(grad_u.reshape(-1, grad_u.shape[-1]), patches))
+    return gate(H, _correlate(_positions(grad_u), patches))
 
 
 def conv_delta(
@@ -113,6 +117,11 @@ def gate(H: Tensor, G: Tensor) -> Tensor:
     return H.abs() * torch.sign(G) + (G - G)
 
 
+def _positions(t: Tensor) -> Tensor:
+    """x or u of a linear layer as rows; without features or units there are as many."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
 def _batched(t: Tensor, weight: Tensor) -> Tensor:
     """x or u of a convolution with its batch dimension."""
     return t.unsqueeze(0) if t.dim() == weight.dim() - 1 else t
@@ -132,10 +141,11 @@ def _patches(
     groups: int,
 ) -> Tensor:
     """Patches (groups, P, D) of x (B, C, *size), D = C / groups x kernel volume."""
-    dims = len(kernel_size)
+    dims, groups = len(kernel_size), operator.index(groups)
 
     def per_dim(value: int | Sequence[int]) -> list[int]:
-        values = [value] if isinstance(value, int) else list(value)
+        number = to_int(value)
+        values = [number] if number is not None else [operator.index(v) for v in cast(Sequence[int], value)]
         return values * dims if len(values) == 1 else values
 
     steps, spreads = per_dim(stride), per_dim(dilation)
@@ -155,10 +165,7 @@ def _patches(
     x = x.reshape(batch, groups, channels // groups, *rest)
     # (B, g, C/g, *out, *kernel) -> (g, B, *out, C/g, *kernel)
     x = x.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
-    volume = 1
-    for size in kernel_size:
-        volume *= size
-    positions = x.numel() // max(1, groups * (channels // groups) * volume)
+    positions, volume = math.prod((batch, *rest[:dims])), math.prod(kernel_size)
     return x.reshape(groups, positions, (channels // groups) * volume)
 
 
@@ -180,7 +187,8 @@ def _decay(y: Tensor, A: Tensor, weight: Tensor, groups: int, decay: str) -> Ten
     C = torch.einsum("pgn,pgm->gnm", grouped, grouped)
     if decay == "sanger":
         C = C.tril()
-    return (C @ weight.reshape(groups, -1, weight.shape[1])).flatten(0, 1)
+    per_group = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1])
+    return (C @ per_group).flatten(0, 1)
 
 
 def _delta(patches: Tensor, u: Tensor, weight: Tensor, rule: HebbianRule) -> Tensor:

@@ -81,7 +81,7 @@ class GHLSGD(SGD):
     def remove(self) -> None:
         """Let go of the layers, which can then be attached again; this optimizer steps no more.
 
-        A weight.grad that waits for the rule becomes None.
+        A weight.grad that waits for the rule, or that a step has left, becomes None.
         """
         if self._attachments is not None:
             self._attachments.detach()

@@ -8,8 +8,10 @@ all sums are complete. Until then they are accumulated as gradients are (_attach
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from typing import Any
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +22,16 @@ from ghl_kernels._attachment import Attachment, attached_to, laid_out_as, untrac
 from ghl_kernels._processes import Processes, is_sharded
 from ghl_kernels.nn import GHLLayer, named_layers
 
+# torch wraps the step of every class of optimizers in a function of this code, which calls the hooks
+_AROUND_STEP = cast(FunctionType, Optimizer.profile_hook_step(Optimizer.step)).__code__
+
 
 class Attachments:
     """The layers with gate_at="step" that one optimizer serves, and their sums over all processes."""
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, process_group: Any) -> None:
         layers = _layers_held(optimizer, model)
+        _check.process_group(process_group)
         if process_group is None:
             process_group = _group_of_wrappers(model, layers)
         self._wrappers = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
@@ -96,11 +102,11 @@ class StepGate:
             that ``fully_shard`` has spread over processes bring theirs.
 
     Raises:
-        TypeError: not an optimizer or a module.
+        TypeError: not an optimizer, a module or a process group.
         ValueError: LBFGS, an optimizer that holds none of the layers' weights, layers that another
             StepGate holds or that share their weights; several processes without a process group, or layers
             that DDP reduces over different ones; weights sharded other than by rows, or sharded with a decay
-            that mixes rows (subspace, sanger).
+            that mixes rows (subspace, sanger); layers in a FullyShardedDataParallel.
 
     At the step, RuntimeError for a weight.grad without sums, or a weight that was changed between
     backward and step: an optimizer never steps on a plain gradient unnoticed.
@@ -119,7 +125,8 @@ class StepGate:
     def remove(self) -> None:
         """Detach from the optimizer and the layers, which can then be attached again.
 
-        A weight.grad that waits for the rule becomes None: no optimizer is to step on a plain gradient.
+        A weight.grad that waits for the rule, or that a step has left, becomes None: no optimizer is to step
+        on a plain gradient.
         """
         for hook in self._hooks:
             hook.remove()
@@ -155,8 +162,9 @@ class StepGate:
         return (args[0], gated_closure, *args[2:]), kwargs
 
     @untraced
-    def _after_step(self, *_: Any) -> None:
-        self._restore()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if _steps_under_way(optimizer) < 2:  # else a super().step() has ended, and the subclass goes on
+            self._restore()
 
     def _restore(self) -> None:
         self._gated = []
@@ -218,6 +226,18 @@ class _Rescaled:
             self._optimizer.grad_scale = self._given
 
 
+def _steps_under_way(optimizer: Optimizer) -> int:
+    """How many steps of the optimizer the caller is in, one calling the other.
+
+    The stack is asked, because of a step that raised no hook tells.
+    """
+    count, frame = 0, sys._getframe().f_back
+    while frame is not None:
+        count += frame.f_code is _AROUND_STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return count
+
+
 def _gated(active: list[tuple[Attachment, list[Tensor]]]) -> Iterator[tuple[Attachment, Tensor]]:
     """The gated gradient of every layer: all those with a gate by one operation."""
     batch = []
@@ -246,6 +266,7 @@ def _layers_held(optimizer: Optimizer, model: nn.Module) -> list[tuple[str, GHLL
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     present = named_layers(model)
     served = {name: layer for name, layer in present.items() if layer.gate_at == "step"}
+    _check_flattened(model, served)
     layers = [
         (name, layer)
         for name, layer in served.items()
@@ -260,16 +281,31 @@ def _layers_held(optimizer: Optimizer, model: nn.Module) -> list[tuple[str, GHLL
 
 
 def _check_attached(shown: str, layer: GHLLayer) -> None:
-    """ValueError if a StepGate holds the layer or its weight, unless it has died with its optimizer."""
+    """ValueError if a StepGate or GHLSGD holds the layer or its weight, unless its optimizer is gone."""
     for attachment in (layer._attachment, attached_to(layer.weight)):
         if attachment is None:
             continue
-        if not attachment.is_abandoned():
+        if attachment.owner() is not None:
             gc.collect()  # an optimizer that nobody holds is often part of a cycle
-        if not attachment.is_abandoned():
-            raise ValueError(f"{shown} is attached to a StepGate already; call its remove() first")
+        if (owner := attachment.owner()) is not None:
+            holder = "GHLSGD" if isinstance(owner, _ghlsgd()) else "StepGate"
+            raise ValueError(f"{shown} is attached to a {holder} already; call its remove() first")
         if attachment.layer._attachment is attachment:
             attachment.detach()
+
+
+def _check_flattened(model: nn.Module, layers: Mapping[str, GHLLayer]) -> None:
+    """ValueError for a layer whose weight an FSDP from before fully_shard has made part of a flat tensor."""
+    # by name: to import it takes a while
+    wrappers = [m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"]
+    inside = {module for wrapper in wrappers for module in wrapper.modules()}
+    for name, layer in layers.items():
+        is_whole = isinstance(layer.weight, nn.Parameter) and not hasattr(layer.weight, "_fsdp_flattened")
+        if layer in inside and layer.weight.requires_grad and not is_whole:
+            raise ValueError(
+                f"{_check.label(name)!r} is in a FullyShardedDataParallel, which flattens weights; shard the "
+                "model with torch.distributed.fsdp.fully_shard instead"
+            )
 
 
 def _check_shared(model: nn.Module, layers: Sequence[tuple[str, GHLLayer]]) -> None:
@@ -321,6 +357,12 @@ def _nothing_to_serve(served: int, present: int) -> str:
             "gate_at='backward'; pass gate_at='step' to convert, after revert(model) where it is converted"
         )
     return "the model has no GHL layer; pass it to convert with gate_at='step' first"
+
+
+def _ghlsgd() -> type[Optimizer]:
+    from ghl_kernels.sgd import GHLSGD  # which imports this module
+
+    return GHLSGD
 
 
 def _sharded() -> Any:

@@ -115,6 +115,7 @@ def _rank(rank: int) -> dict[str, Any]:
     found["zeroed in place"] = _message_for_zeroing_in_place(rank)
     found["not reduced"] = _message_for_pass_that_is_not_reduced(rank)
     found["replaced"] = _message_for_replaced_weight(rank)
+    found["moved by NaN"] = {case: _discarded_bad_sum(rank, *case) for case in DISCARDED}
     found["moved by nothing"] = {case: _step_of_no_pass(rank, *case) for case in NOTHING}
     return found
 
@@ -363,6 +364,38 @@ def _message_for_replaced_weight(rank: int) -> str:
     return str(error.value)
 
 
+class Branches(nn.Module):
+    """Of which a pass takes one."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        self.a, self.b = (ghl.GHLLinear(6, 4, rule=RULES[rule], gate_at="step") for _ in range(2))
+
+    def forward(self, name: str, x: Tensor) -> Tensor:
+        return self.get_submodule(name)(x)
+
+
+DISCARDED = list(itertools.product(RULES, (True, False)))
+
+
+def _discarded_bad_sum(rank: int, rule: str, set_to_none: bool) -> bool:
+    """Whether a step moves a layer whose only pass, with a NaN in one process's share, was zeroed."""
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = Branches(rule)
+    for part in (model.a, model.b, model):
+        fully_shard(part)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    ghl.StepGate(optimizer, model)
+    x = torch.randn(4, 6)
+    model("a", x / (0.0 if rank == 0 else 1.0)).square().mean().backward()
+    optimizer.zero_grad(set_to_none)
+    model("b", x).square().mean().backward()
+    before = _whole(model.a)
+    optimizer.step()
+    return not all(torch.equal(a, b) for a, b in zip(before, _whole(model.a), strict=True))
+
+
 NOTHING = list(itertools.product(("softmax", "no gate"), (True, False), (True, False)))
 
 
@@ -440,6 +473,11 @@ def test_bad_sums_reach_every_process(ranks: list[dict[str, Any]]) -> None:
     assert all(found["a bad sum"] for found in ranks)
 
 
+@pytest.mark.parametrize("case", DISCARDED)
+def test_bad_sums_that_were_zeroed_move_nothing(ranks: list[dict[str, Any]], case: tuple[str, bool]) -> None:
+    assert not any(found["moved by NaN"][case] for found in ranks)
+
+
 def test_state_dict_is_the_torch_models(ranks: list[dict[str, Any]]) -> None:
     assert all(found["state dict"] for found in ranks)
 
@@ -456,6 +494,24 @@ def test_tensor_parallelism_is_refused_in_training(gate_at: str, alone: None) ->
     with pytest.raises(RuntimeError, match="as tensor parallelism does"):
         model(torch.randn(3, 6))
     assert model.eval()(torch.randn(3, 6)).shape == (3, 4)
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_layers_that_the_older_fsdp_has_flattened(use_orig_params: bool, alone: None) -> None:
+    """Those that it ignores are ordinary ones."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    layers = [ghl.GHLLinear(4, 4, gate_at="step") for _ in range(2)]
+    model = FullyShardedDataParallel(
+        nn.Sequential(*layers),
+        device_id=torch.device("cpu"),
+        use_orig_params=use_orig_params,
+        ignored_modules=layers[1:],
+    )
+    with pytest.raises(ValueError, match=r"0' is in a FullyShardedDataParallel, .*fully_shard instead"):
+        _step_gate(model)
+    layers[0].gate_at = "backward"
+    _step_gate(model)
 
 
 @pytest.mark.parametrize("case", REFUSED)

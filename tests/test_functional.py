@@ -404,6 +404,41 @@ def test_rule_of_the_wrong_type(name: str, rule: Any) -> None:
         getattr(functional, name)(**RULED[name] | {"rule": rule})
 
 
+def test_rule_and_weight_in_each_others_place() -> None:
+    """The message does not show all of a weight."""
+    x, u, weight = _conv()["x"], _conv()["u"], _conv()["weight"]
+    with pytest.raises(TypeError, match=r"a HebbianRule, got a tensor of shape \(6, 4, 3\)$"):
+        functional.conv_delta(x, u, HebbianRule(), weight)
+
+
+NO_WEIGHTS = [(0, 4), (5, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("size", NO_WEIGHTS, ids=str)
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_linear_layer_without_weights(
+    backend: str, dtype: torch.dtype, leading: tuple[int, ...], size: tuple[int, int]
+) -> None:
+    """As a convolution without any: nothing, in the dtype of the sums."""
+    units, features = size
+    x, u, weight = (
+        torch.randn(*shape, dtype=dtype) for shape in ((*leading, features), (*leading, units), size)
+    )
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    for rule in (HebbianRule.ghl(), HebbianRule.softhebb(), HebbianRule.hpca(), HebbianRule.kwta(0.5)):
+        if rule.winners and not units:
+            with pytest.raises(ValueError, match="at most the number of units 0, got 1"):
+                functional.linear_delta(x, u, weight, rule)
+            continue
+        for module, expected in ((functional, sums), (reference, dtype)):
+            H = module.linear_delta(x, u, weight, rule)
+            G = module.linear_weight_grad(x, u, torch.randn_like(u), weight, rule)
+            assert (H.shape, H.dtype) == (G.shape, G.dtype) == (size, expected)
+    wide = functional.linear_weight_grad(x, u, u.double(), weight, HebbianRule.ghl())
+    assert wide.dtype == torch.float64
+
+
 @pytest.mark.parametrize(("name", "arguments", "error", "message"), BAD)
 def test_bad_input(
     backend: str, name: str, arguments: dict[str, Any], error: type[Exception], message: str
@@ -420,8 +455,10 @@ def test_what_torch_takes_for_an_int(as_int: Any) -> None:
     expected = functional.conv_delta(x, u, weight, HebbianRule(), **options)
     numbers = {name: as_int(value) for name, value in options.items()}
     pairs = {name: value if name == "groups" else (value, value) for name, value in numbers.items()}
+    oracle = reference.conv_delta(x, u, weight, HebbianRule(), **options)
     for equal in (numbers, pairs):
         assert torch.equal(functional.conv_delta(x, u, weight, HebbianRule(), **equal), expected)
+        assert torch.equal(reference.conv_delta(x, u, weight, HebbianRule(), **equal), oracle)
     assert torch.equal(functional.kwta(u, 2, as_int(1)), functional.kwta(u, 2, 1))
 
 

@@ -553,14 +553,24 @@ def test_other_tensors_changed_between_forward_and_backward() -> None:
             out.sum().backward()
 
 
-@pytest.mark.parametrize("lr", [float("nan"), float("inf")])
+@pytest.mark.parametrize("lr", [float("nan"), float("inf"), np.float32("inf"), 10**400, -(10**400)])
 def test_learn_refuses_a_learning_rate(backend: str, lr: float) -> None:
     _, ours, x = make("Linear")
-    with pytest.raises(ValueError, match=f"lr must be finite, got {lr}"):
+    with pytest.raises(ValueError, match=re.escape(f"lr must be finite, got {lr!r}")):
         ours.learn_(x, lr)
 
 
-@pytest.mark.parametrize("lr", ["0.1", None, [0.1], 1j, torch.ones(2), np.ones(2)])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16])
+def test_learning_rate_of_numpy(backend: str, kind: Any) -> None:
+    _, ours, x = make("Linear")
+    twin = copy.deepcopy(ours)
+    ours.learn_(x, kind(0.125))
+    twin.learn_(x, 0.125)
+    assert torch.equal(ours.weight, twin.weight)
+
+
+@pytest.mark.parametrize("lr", ["0.1", None, [0.1], 1j, torch.ones(2), np.ones(2), np.ones(1)])
 def test_learning_rate_that_is_no_number(backend: str, lr: Any) -> None:
     _, ours, x = make("Linear")
     with pytest.raises(TypeError, match=re.escape(f"lr must be a real number, got {lr!r}")):

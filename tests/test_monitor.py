@@ -736,6 +736,17 @@ def test_removal_and_copies() -> None:
     assert isinstance(ghl.revert(model)[0], nn.Conv2d)
 
 
+def test_copy_of_a_layer_with_a_parametrization() -> None:
+    """torch copies its attributes one by one."""
+    layer = ghl.GHLLinear(3, 2)
+    nn.utils.parametrize.register_parametrization(layer, "bias", nn.Identity())
+    monitor = ghl.Monitor(layer, every=1)
+    twin = copy.deepcopy(layer)
+    assert twin._probe is None
+    twin(torch.randn(4, 3)).sum().backward()
+    assert monitor.read()[""].positions == 0
+
+
 def test_bad_input() -> None:
     layer = ghl.GHLLinear(3, 2)
     with pytest.raises(ValueError, match="no GHL layer"):
@@ -750,6 +761,7 @@ def test_bad_input() -> None:
             with pytest.raises(TypeError, match=f"{name} must be an int >= 1, got {value!r}"):
                 ghl.Monitor(layer, **{name: value})
     assert layer._probe is None
+    assert ghl.Monitor(layer, every=np.int64(5), positions=np.int32(7))._probes[""]._every == 5
 
 
 @pytest.mark.parametrize("readings", [[1], 3, "0", [], {"0": 1}, {"0": {"dead": 0.0}}])

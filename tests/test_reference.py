@@ -317,3 +317,11 @@ def test_empty_batches() -> None:
         H = reference.conv_delta(torch.ones(0, 3, 4), torch.ones(0, 2, 3), torch.ones(2, 3, 2), rule)
         assert H.shape == (2, 3, 2)
         assert not H.any()
+
+
+def test_convolutions_without_channels() -> None:
+    for decay, normalize in itertools.product(DECAYS, NORMALIZATIONS):
+        rule = HebbianRule(decay=decay, normalize=normalize)
+        x, u, weight = torch.ones(2, 0, 4), torch.ones(2, 5, 3), torch.ones(5, 0, 2)
+        assert reference.conv_delta(x, u, weight, rule).shape == weight.shape
+        assert reference.conv_weight_grad(x, u, u, weight, rule).shape == weight.shape

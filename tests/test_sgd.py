@@ -161,6 +161,17 @@ def test_zeroing_and_accumulation(set_to_none: bool, way: str) -> None:
             both.twin_optimizer.zero_grad(set_to_none)
 
 
+@pytest.mark.parametrize("name", ["softmax", "filter", "no gate"])
+def test_zeroing_in_place_forgets_sums_that_are_nan(name: str, way: str) -> None:
+    layer = ghl.GHLLinear(4, 6, rule=RULES[name], gate_at="step")
+    optimizer = ghl.GHLSGD(layer, lr=0.1)
+    kept = copy.deepcopy(layer.state_dict())
+    layer(torch.full((3, 4), torch.nan)).sum().backward()
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    assert all(torch.equal(p, kept[key]) for key, p in layer.named_parameters())
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("name", ["softmax", "no gate"])
 def test_step_after_zeroing_moves_nothing(name: str, set_to_none: bool, way: str) -> None:
@@ -498,7 +509,7 @@ def test_layers_are_gated_once() -> None:
         lambda: ghl.StepGate(both.optimizer, both.model),
         lambda: ghl.GHLSGD(both.model, lr=0.1),
     ):
-        with pytest.raises(ValueError, match="attached to a StepGate"):
+        with pytest.raises(ValueError, match="attached to a GHLSGD already"):
             attach()
     train(both, "eager")
 

@@ -331,6 +331,29 @@ def test_activation_checkpointing(use_reentrant: bool, sums_at: str) -> None:
         training.zero()
 
 
+@pytest.mark.parametrize("penalized", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved tensors", "reentrant"])
+def test_layer_in_a_checkpoint_and_outside_of_it_with_a_penalty(use_reentrant: bool, penalized: bool) -> None:
+    """Recomputed, it finds sums whose gradient still waits for that of the penalty: refused, though right."""
+    layer = ghl.GHLLinear(4, 4, rule=RULE, gate_at="step", dtype=torch.float64)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=LR)
+    ghl.StepGate(optimizer, layer)
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    penalty = layer.weight.square().sum()
+    inner = checkpoint(layer, x, use_reentrant=use_reentrant)
+    u = layer(inner)
+    (u.square().sum() + (penalty if penalized else 0)).backward()
+    if use_reentrant and penalized:
+        with pytest.raises(RuntimeError, match="has no Hebbian sums"):
+            optimizer.step()
+        return
+    W, G = layer.weight.detach().clone(), layer.weight.grad.clone()
+    optimizer.step()
+    data = torch.cat([x, inner]).detach(), torch.cat([inner, u]).detach()
+    want = ghl.reference.gate(ghl.reference.linear_delta(*data, W, RULE), G)
+    torch.testing.assert_close((W - layer.weight.detach()) / LR, want)
+
+
 def test_frozen_layer_is_left_alone() -> None:
     training = Training()
     frozen = training.model[3]
@@ -451,6 +474,30 @@ def test_step_after_zeroing_moves_nothing(way: str, rule: str, after: str) -> No
         training.optimizer.step()
     assert all(torch.equal(p, k) for p, k in zip(training.model.parameters(), kept, strict=True))
     _recovers(training)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "a step that GradScaler skipped"])
+@pytest.mark.parametrize("other", [False, True], ids=["", "a pass of another layer"])
+@pytest.mark.parametrize("rule", ["softmax", "filter", "instar", "no gate"])
+@pytest.mark.parametrize("way", [way for way in ZEROING if "times" not in way])  # 0 times NaN is NaN
+def test_zeroing_forgets_sums_that_are_nan(way: str, rule: str, other: bool, scaled: bool) -> None:
+    """A batch that was no good leaves nothing to a step that does not reach the layer."""
+    model = nn.ModuleList([ghl.GHLLinear(4, 6, rule=RULES[rule], gate_at="step") for _ in range(2)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    ghl.StepGate(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    x, kept = torch.randn(3, 4), copy.deepcopy(model.state_dict())
+    scaler.scale(model[1](x / 0.0).sum()).backward()
+    if scaled:
+        scaler.step(optimizer)
+        scaler.update()
+    ZEROING[way](model, optimizer)
+    if other:
+        scaler.scale(model[0](x).square().sum()).backward()
+    optimizer.step()
+    assert torch.equal(model[1].weight, kept["1.weight"])
+    assert torch.equal(model[0].weight, kept["0.weight"]) != other
+    assert model[0].weight.isfinite().all()
 
 
 def _renormalize(layer: ghl.GHLLinear) -> None:
@@ -888,17 +935,22 @@ def test_remove_and_attach_again() -> None:
     assert not torch.equal(training.model[0].weight, kept)
 
 
+@pytest.mark.parametrize("after", ["a pass", "a step", "a step and a clip"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_removed_gate_leaves_no_gradient_that_it_has_not_gated(fused: bool) -> None:
+def test_a_removed_gate_leaves_no_plain_gradient(fused: bool, after: str) -> None:
     training = Training()
     gate = training.gate
     if fused:
         gate.remove()
-        gate = ghl.GHLSGD(training.model, lr=LR)
+        training.optimizer = gate = ghl.GHLSGD(training.model, lr=LR)
     training.backward(4)
+    if after != "a pass":
+        training.optimizer.step()
+    if after == "a step and a clip":
+        _clip(training)
     before = copy.deepcopy(training.model)
     gate.remove()
-    training.optimizer.step()
+    torch.optim.SGD(training.model.parameters(), lr=LR).step()
     for layer, kept in zip(training.model, before, strict=True):
         if isinstance(layer, ghl.GHLLayer):
             assert layer.weight.grad is None
@@ -948,6 +1000,20 @@ def test_copies_are_unattached(duplicate: Callable[[nn.Module], nn.Module]) -> N
     optimizer.step()
     # and the original's sums are its own
     training.step_and_check()
+
+
+def test_copy_of_a_layer_with_a_parametrization_is_unattached() -> None:
+    """torch copies its attributes one by one."""
+    layer = ghl.GHLLinear(4, 5, gate_at="step")
+    nn.utils.parametrize.register_parametrization(layer, "bias", nn.Identity())
+    optimizer = torch.optim.SGD(layer.parameters(), lr=LR)
+    ghl.StepGate(optimizer, layer)
+    twin = copy.deepcopy(layer)
+    with pytest.raises(RuntimeError, match="without a StepGate"):
+        twin(torch.randn(3, 4))
+    ghl.StepGate(torch.optim.SGD(twin.parameters(), lr=LR), twin)
+    twin(torch.randn(3, 4)).sum().backward()
+    assert layer.weight.grad is None
 
 
 def _saved_and_loaded(model: nn.Module) -> nn.Module:
@@ -1115,6 +1181,9 @@ def test_wrong_types() -> None:
         ghl.StepGate(model, optimizer)
     with pytest.raises(TypeError, match=r"torch\.nn\.Module, got generator"):
         ghl.StepGate(optimizer, model.parameters())
+    with pytest.raises(TypeError, match=r"torch\.distributed\.ProcessGroup, got 'gloo'"):
+        ghl.StepGate(optimizer, model, "gloo")
+    assert all(m._attachment is None for m in model.modules() if isinstance(m, GHLLayer))
 
 
 def _refused_step(training: Training, match: str) -> None:

@@ -73,6 +73,68 @@ def test_a_gate_removed_after_a_step_that_was_broken_off_leaves_no_gradient() ->
     assert run.model.b.weight.grad is None
 
 
+torch.optim.SGD([torch.zeros(1)])  # without one of them, super().step() has no hooks
+
+
+class BreaksOff(torch.optim.SGD):
+    """Raises once, before or after its super().step()."""
+
+    when = ""
+
+    def step(self, closure: Any = None) -> Any:
+        self._maybe_raise("before")
+        loss = super().step(closure)
+        self._maybe_raise("after")
+        return loss
+
+    def _maybe_raise(self, when: str) -> None:
+        if self.when == when:
+            self.when = ""
+            raise ArithmeticError("skip this batch")
+
+
+def _attached() -> tuple[Two, BreaksOff]:
+    model = Two()
+    optimizer = BreaksOff(model.parameters(), lr=1.0)
+    ghl.StepGate(optimizer, model)
+    model.backward("a", "b")
+    return model, optimizer
+
+
+def _break_off(optimizer: BreaksOff, when: str) -> None:
+    optimizer.when = when
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_step_that_is_taken_again(when: str) -> None:
+    """The plain gradients are back after it, wherever the first was broken off."""
+    (model, optimizer), (whole, its) = _attached(), _attached()
+    plain = [p.grad.clone() for p in model.parameters()]
+    _break_off(optimizer, when)
+    optimizer.step()
+    its.step()
+    assert all(torch.equal(p.grad, G) for p, G in zip(model.parameters(), plain, strict=True))
+    if when == "before":
+        for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False], ids=["None", "in place"])
+def test_a_step_after_one_that_was_broken_off_after_super_step(set_to_none: bool) -> None:
+    (model, optimizer), (whole, its) = _attached(), _attached()
+    _break_off(optimizer, "after")
+    its.step()
+    for _ in range(2):
+        for one, steps in ((model, optimizer), (whole, its)):
+            steps.zero_grad(set_to_none)
+            one.backward("a")
+            steps.step()
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 class ZeroingSGD(torch.optim.Optimizer):
     """Zeroes the gradients that it has used."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -34,6 +35,22 @@ class LARS(torch.optim.SGD):
         return super().step(closure)
 
 
+class GoesOn(torch.optim.SGD):
+    """Uses the gradients again after super().step()."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad.abs(), alpha=-0.01)
+        return loss
+
+
+torch.optim.SGD(
+    [torch.zeros(1)]
+)  # without one of them, super().step() has no hooks that could tell of its end
+
 FORMS: dict[str, dict[str, bool]] = {
     "plain": {"foreach": False},
     "foreach": {"foreach": True},
@@ -50,6 +67,7 @@ OPTIMIZERS: dict[str, OptimizerOf] = {
     "NAdam": lambda p: torch.optim.NAdam(p, lr=0.02, decoupled_weight_decay=True, weight_decay=0.1),
     "RAdam": lambda p: torch.optim.RAdam(p, lr=0.02),
     "LARS": lambda p: LARS(p, lr=0.5, momentum=0.9, weight_decay=0.01),
+    "SGD that goes on": lambda p: GoesOn(p, lr=0.1, momentum=0.9),
 }
 
 
@@ -89,6 +107,38 @@ def test_adam_discards_the_size_of_the_update(kind: Any) -> None:
     assert layer.weight.grad.abs().median() < 0.5
     optimizer.step()
     torch.testing.assert_close(layer.weight.detach() - before, -0.01 * layer.weight.grad.sign())
+
+
+@pytest.mark.parametrize("how", ["closure", "GradScaler", "compiled"])
+def test_gradients_after_super_step_are_gated(how: str) -> None:
+    """And plain again after the whole step."""
+    run = BesideReference("step", lambda p: GoesOn(p, lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=how == "GradScaler")
+
+    def passes(seed: int) -> Tensor:
+        run.optimizer.zero_grad()
+        run.reference.forget()
+        for batch in run.batches(seed):
+            scaler.scale(summed_loss(run.model, batch)).backward()
+            run.reference.backward(batch)
+        return torch.zeros(())
+
+    step = torch.compile(run.optimizer.step, backend="aot_eager") if how == "compiled" else run.optimizer.step
+    for seed in range(2):
+        if how == "closure":
+            step(functools.partial(passes, seed))
+        elif how == "GradScaler":
+            passes(seed)
+            scaler.step(run.optimizer)
+            scaler.update()
+        else:
+            passes(seed)
+            step()
+        for name in run.reference.rules:
+            G = run.reference.model.get_submodule(name).weight.grad
+            torch.testing.assert_close(run.model.get_submodule(name).weight.grad, G)
+        run.step_reference()
+    run.assert_equal()
 
 
 def test_what_is_to_change_the_gated_gradient_is_a_hook_after_the_gate() -> None:
@@ -232,6 +282,31 @@ def test_another_optimizer_that_steps_through_data() -> None:
         other.step()
 
 
+@pytest.mark.parametrize("kind", [sgd, ThroughData], ids=["in place", "through data"])
+@pytest.mark.parametrize("clips", [False, True], ids=["", "clipped"])
+def test_another_optimizer_after_the_gates_own_step(clips: bool, kind: OptimizerOf) -> None:
+    """The gradient is the plain one again until it is zeroed."""
+    run = BesideReference("step")
+    other = kind(run.model.parameters())
+    run.backward(0)
+    run.step()
+    if clips:
+        nn.utils.clip_grad_norm_(run.model.parameters(), 0.1)
+    with pytest.raises(RuntimeError, match="'0' was stepped on its plain gradient by an optimizer"):
+        other.step()
+
+
+def test_another_optimizer_after_zeroing_in_place() -> None:
+    """It may decay the weights that the gate's own has stepped."""
+    run = BesideReference("step")
+    run.backward(0)
+    run.step()
+    run.optimizer.zero_grad(set_to_none=False)
+    kept = run.model[0].weight.detach().clone()
+    torch.optim.SGD(run.model.parameters(), lr=0.5, weight_decay=1.0).step()
+    torch.testing.assert_close(run.model[0].weight.detach(), kept / 2)
+
+
 class Outer(Optimizer):
     """Steps by an optimizer of its own, as wrappers do."""
 
@@ -266,6 +341,24 @@ def test_another_optimizer_that_does_not_step_yet() -> None:
             wrapper.step()
         run.step_reference()
         run.optimizer.zero_grad()
+    run.assert_equal()
+
+
+@pytest.mark.parametrize("zeroes", [False, True], ids=["", "zeroed in the step"])
+def test_wrapper_of_the_gates_optimizer(zeroes: bool) -> None:
+    """Its step is the gate's optimizer's, also with the gradients that the last one has left."""
+    run = BesideReference("step")
+    wrapper = Outer(run.model.parameters())
+    wrapper.inner = run.optimizer
+    if zeroes:
+        run.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+    for seed in range(2):
+        run.backward(seed)
+        for _ in range(1 if zeroes else 2):
+            wrapper.step()
+            run.reference.step(run._reference_optimizer)
+        if zeroes:
+            run.reference.forget()
     run.assert_equal()
 
 
