@@ -19,6 +19,8 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback as _traced_by
+from torch._compile import _disable_dynamo
 
 from ghl_kernels import _check, _dispatch, _probe, _tape
 from ghl_kernels._geometry import Geometry, is_by_tap
@@ -65,7 +67,7 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             return _tape.run(name, settings, body, (first, *args))
 
         # every device, of which those without kernels of ours have the eager backend
-        _LIB.impl(name, implementation, "CompositeExplicitAutograd")
+        _LIB.impl(name, _untraced(implementation), "CompositeExplicitAutograd")
         if "!" in schema or name == "gate":  # of the others vmap calls one after the other
             for key in ("FuncTorchBatched", "Batched"):  # of vmap, and of is_grads_batched
                 _LIB.impl(name, functools.partial(_refuse_vmap, name), key)
@@ -74,6 +76,25 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return body
 
     return register
+
+
+def _untraced(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation, hidden from torch.compile where an eager call would show it its frames.
+
+    Dynamo traces every frame in its scope that is no part of a graph, as in the backward pass of a compiled
+    function. It lets go of a tensor once only its address is needed, and a kernel would then write into
+    memory that is no longer its own.
+    """
+    disabled = _disable_dynamo(implementation)
+
+    @functools.wraps(implementation)
+    def call(*args: Any) -> Any:
+        # the former is True where this frame is traced, the latter where it is not, but others would be
+        if torch.compiler.is_dynamo_compiling() or _traced_by() is not None:
+            return disabled(*args)
+        return implementation(*args)
+
+    return call
 
 
 def _refuse_vmap(name: str, *_: Any) -> None:

@@ -211,6 +211,20 @@ def test_compiled_function_transforms_lose_no_rule(fullgraph: bool, transform: A
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="the operator fails on torch's own layers there")
+def test_a_backward_pass_in_a_compiled_function() -> None:
+    """Operations outside of a graph: traced, a kernel's memory was freed before it was written to."""
+    layer = ghl.GHLLinear(64, 96)
+
+    def gradient(x: Tensor) -> Tensor | None:
+        layer.weight.grad = None
+        layer(x).square().sum().backward()
+        return layer.weight.grad
+
+    run = torch.compile(gradient, backend="eager")
+    for x in torch.randn(3, 32, 64):
+        torch.testing.assert_close(run(x), gradient(x))
+
+
 def test_step_mode_in_a_region_that_is_compiled_once() -> None:
     """Its operator refuses operands that share memory."""
     torch.manual_seed(0)
