@@ -173,7 +173,7 @@ class ShardedAttachment(Attachment):
             return None
         # some process may hold nothing but rows without a gradient
         is_alive, was_alive = self._processes.maximum(torch.stack(self.signs_of_life()).float())
-        return (is_alive == 0) & (was_alive != 0)
+        return _was_zeroed(is_alive, was_alive)
 
     def _clear_if_zeroed(self, grad: Tensor, sums: list[Tensor]) -> None:
         """Nothing: :func:`gated` asks for all layers at once."""
@@ -237,11 +237,16 @@ def gated(
     # MAX need not return a NaN; an inf is as bad and does
     scales, are_alive, were_alive = processes.maximum(torch.where(asked.isfinite(), asked, torch.inf))
     scales = torch.where(scales.isfinite(), scales + EPS, torch.nan)
-    zeroed = (are_alive == 0) & (were_alive != 0)
+    zeroed = _was_zeroed(are_alive, were_alive)
     for (attachment, H), scale, is_zeroed in zip(updates, scales, zeroed, strict=True):
         if attachment.layer.rule.normalize == "layer":
             H = H / scale.to(H.dtype)
         yield attachment, attachment.gated(H.masked_fill_(is_zeroed, 0.0))
+
+
+def _was_zeroed(is_alive: Tensor, was_alive: Tensor) -> Tensor:
+    """From the signs of life of all processes: no row is other than 0, and some was left so."""
+    return (is_alive == 0) & (was_alive != 0)
 
 
 def _largest(H: Tensor) -> Tensor:
